@@ -1,0 +1,141 @@
+"""The `helpsteer-rloo` command, and the functions behind the three scripts. Parsing comes before heavy imports."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from helpsteer_rloo import __version__
+
+INTERRUPTED = 130
+
+COMMANDS = {
+    "pipeline": "data, reward model, verification, RLOO, evaluation: everything in one resumable run",
+    "reward-model": "train and verify a reward model (reward_model_training.py)",
+    "rloo": "train a policy against a reward model (rloo_helpsteer_training.py)",
+    "demo": "the whole pipeline offline, in a small world with a known gold quality",
+    "data": "read, select and split a data set, and print what became of every row",
+}
+
+
+def main() -> None:
+    """Entry point of `helpsteer-rloo`."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] == "--version":
+        print(f"helpsteer-rloo {__version__}")
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+    elif arguments[0] in COMMANDS:
+        _DISPATCH[arguments[0]](arguments[1:])
+    else:
+        from helpsteer_rloo.flags import unknown_name
+
+        sys.exit(f"helpsteer-rloo: {unknown_name(arguments[0], COMMANDS, 'command')}\n\n{_usage()}")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: helpsteer-rloo COMMAND [FLAGS]", "", "From HelpSteer3 preferences to an aligned Qwen3 policy.", "",
+         "commands:", *lines, "", "helpsteer-rloo COMMAND --help lists a command's flags."]
+    )  # fmt: skip
+
+
+def train_reward_model(argv: list[str] | None = None) -> None:
+    """`reward_model_training.py`."""
+    from helpsteer_rloo.config import REWARD, parse_command
+
+    settings = parse_command(REWARD, argv)
+
+    def work() -> None:
+        from helpsteer_rloo.pipeline import run_reward_model
+
+        run_reward_model(settings)
+
+    guarded(work)
+
+
+def train_policy(argv: list[str] | None = None) -> None:
+    """`rloo_helpsteer_training.py`."""
+    from helpsteer_rloo.config import RLOO, parse_command
+
+    settings = parse_command(RLOO, argv)
+
+    def work() -> None:
+        from helpsteer_rloo.pipeline import run_rloo
+
+        run_rloo(settings)
+
+    guarded(work)
+
+
+def run_pipeline(argv: list[str] | None = None) -> None:
+    """`train_pipeline.py`."""
+    from helpsteer_rloo.config import parse_pipeline
+
+    settings = parse_pipeline(argv)
+
+    def work() -> None:
+        from helpsteer_rloo import pipeline
+
+        pipeline.run_pipeline(settings)
+
+    guarded(work)
+
+
+def run_demo(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo demo`."""
+    from helpsteer_rloo.demo import parse_demo
+
+    settings = parse_demo(argv)
+
+    def work() -> None:
+        from helpsteer_rloo import demo
+
+        demo.run_demo(settings)
+
+    guarded(work)
+
+
+def show_data(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo data`."""
+    from helpsteer_rloo.data_command import parse_data, run_data
+
+    settings = parse_data(argv)
+    guarded(lambda: run_data(settings))
+
+
+_DISPATCH: dict[str, Callable[[list[str]], None]] = {
+    "pipeline": run_pipeline,
+    "reward-model": train_reward_model,
+    "rloo": train_policy,
+    "demo": run_demo,
+    "data": show_data,
+}
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Run a command; a mistake of the user's ends it with a message instead of a traceback.
+
+    The traceback is printed too when HELPSTEER_RLOO_DEBUG is set.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        if os.environ.get("HELPSTEER_RLOO_DEBUG"):
+            traceback.print_exc()
+        _fail(f"{type(error).__name__ + ': ' if isinstance(error, OSError) else ''}{error}", 1)
+    except KeyboardInterrupt:
+        _fail("Interrupted. Give the same command again to go on from the last checkpoint.", INTERRUPTED)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"\nerror: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Every knob of the three commands: dataclasses, defaults, and the reading of flags and YAML into them.
+
+Precedence, weakest first: TRL's own default, this project's default, the `--config` file, the command line.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from helpsteer_rloo.flags import Flag, FlagParser, FlagValue, own_flags, read_yaml, trl_flags, unknown_name
+
+DEFAULT_MODEL = "Qwen/Qwen3-8B"
+DEFAULT_REWARD_MODEL_DIR = "models/qwen3_8b_reward_model"
+DEFAULT_POLICY_DIR = "models/rloo_helpsteer3"
+
+
+def _knob(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKnobs:
+    """Which preferences are read, which of them are kept, and how they become token ids."""
+
+    dataset_name: str = _knob("nvidia/HelpSteer3", "Hub id, directory, .jsonl, .jsonl.gz or .parquet file.")
+    dataset_subset: str = _knob("preference", "Subset (folder) of the data set.")
+    dataset_revision: str | None = _knob(None, "Branch, tag or commit of a data set on the hub.")
+    language: str = _knob("english", "Languages to keep, separated by commas, or 'all'.")
+    domains: str = _knob("all", "Domains to keep, separated by commas, or 'all'.")
+    skip_bad_rows: bool = _knob(False, "Count and skip rows that cannot be read, instead of stopping at the first.")
+    html_entities: str = _knob("prompt", "Where to decode HTML entities such as &lt;: 'prompt', 'all' or 'none'.")
+    validation_fraction: float = _knob(
+        0.1, "Share of prompts held out, by a hash of the prompt, if the data set has no validation split of its own."
+    )
+    max_length: int = _knob(1024, "Longest prompt and response together, in tokens.")
+    overlong: str = _knob(
+        "cut", "Pairs over max_length: 'cut' the oldest turns (then the response) or 'drop' the pair."
+    )
+    thinking: bool = _knob(False, "Render prompts in Qwen3's thinking mode.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        _require(self.html_entities in ("prompt", "all", "none"), "html_entities", self.html_entities, "prompt, all, none")
+        _require(self.overlong in ("cut", "drop"), "overlong", self.overlong, "cut or drop")
+        _require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
+        _require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardKnobs(DataKnobs):
+    """Reward-model training."""
+
+    output_dir: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
+    sample_predictions: int = _knob(8, "Held-out pairs to print with their scores after training.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOKnobs(DataKnobs):
+    """RLOO training of the policy; the names are those of the published RLOO scripts."""
+
+    output_dir: str = _knob(DEFAULT_POLICY_DIR, "Directory of the trained policy.")
+    reward_model_path: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
+    total_episodes: int = _knob(50_000, "Completions to sample in all.")
+    rloo_k: int = _knob(4, "Completions sampled for each prompt.")
+    num_ppo_epochs: int = _knob(1, "Passes over each batch of rollouts.")
+    num_mini_batches: int = _knob(1, "Optimizer steps in a pass over a batch of rollouts.")
+    local_rollout_forward_batch_size: int = _knob(8, "Completions sampled or scored in one forward pass.")
+    missing_eos_penalty: float = _knob(1.0, "Subtracted from the score of a completion that did not end by itself.")
+    kl_coef: float = _knob(0.05, "Weight of the KL divergence from the starting policy in the reward.")
+    cliprange: float = _knob(0.2, "Clip range of the sequence-level probability ratio.")
+    response_length: int = _knob(512, "Longest completion, in tokens.")
+    rollouts_dir: str | None = _knob(None, "Where the rollouts are recorded (default: OUTPUT_DIR/rollouts).")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        _require(self.rloo_k >= 2, "rloo_k", self.rloo_k, "at least 2: the baseline of a sample is the mean of the others")
+        for name in ("total_episodes", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
+        _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
+
+    def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:
+        """Optimizer steps in the run: ceil(E / B) · epochs · mini-batches, with B completions a batch of rollouts.
+
+        >>> RLOOKnobs(total_episodes=100, num_mini_batches=2).optimizer_steps(per_device=2, accumulation=4, processes=1)
+        14
+        """
+        completions = per_device * accumulation * self.num_mini_batches * processes
+        return math.ceil(self.total_episodes / completions) * self.num_ppo_epochs * self.num_mini_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineKnobs(DataKnobs):
+    """The whole run; any flag of a single stage can be given as --reward.FLAG or --rloo.FLAG."""
+
+    name: str = _knob("helpsteer3", "Name of the run; its record goes to runs/NAME.")
+    output_dir: str | None = _knob(None, "Put everything in one directory: its record, reward_model/ and policy/.")
+    model_name_or_path: str = _knob(DEFAULT_MODEL, "Model that both the reward model and the policy start from.")
+    seed: int = _knob(42, "Seed of every stage.")
+    reward_batch_size: int | None = _knob(None, "Per-device batch size of reward training.")
+    reward_epochs: float | None = _knob(None, "Epochs of reward training.")
+    rloo_batch_size: int | None = _knob(None, "Per-device batch size of RLOO.")
+    total_episodes: int | None = _knob(None, "Completions that RLOO samples in all.")
+    use_peft: bool = _knob(False, "Train LoRA adapters instead of all weights, in both stages.")
+    reward_model_only: bool = _knob(False, "Stop after the reward model and its verification.")
+    rloo_only: bool = _knob(False, "Use the reward model in REWARD_MODEL_DIR instead of training one.")
+    reward_model_dir: str | None = _knob(None, f"Directory of the reward model (default: {DEFAULT_REWARD_MODEL_DIR}).")
+    policy_dir: str | None = _knob(None, f"Directory of the policy (default: {DEFAULT_POLICY_DIR}).")
+    allow_weak_reward_model: bool = _knob(False, "Go on even if the reward model is not better than chance.")
+    evaluation_prompts: int = _knob(256, "Held-out prompts on which the policy is judged before and after.")
+    evaluation_batch_size: int = _knob(8, "Completions sampled or scored at once in the evaluation.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        if self.reward_model_only and self.rloo_only:
+            raise ValueError("--reward_model_only and --rloo_only exclude each other; give one of them or neither.")
+        _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name} is {value!r}; expected {expected}.")
+
+
+Knobs = TypeVar("Knobs", bound=DataKnobs)
+
+
+@dataclass(frozen=True)
+class Settings(Generic[Knobs]):
+    """What a command was asked to do: our own knobs, and the values for TRL's configuration classes by flag name."""
+
+    own: Knobs
+    trl: dict[str, FlagValue]
+
+    def describe(self) -> dict[str, FlagValue]:
+        """All settings in one flat mapping, for records and comparisons; access tokens are left out."""
+        return {k: v for k, v in {**self.trl, **dataclasses.asdict(self.own)}.items() if "token" not in k}
+
+
+@dataclass(frozen=True)
+class CommandSpec(Generic[Knobs]):
+    """One command: its knobs, the TRL classes whose flags it takes, and this project's defaults for those."""
+
+    program: str
+    description: str
+    knobs: type[Knobs]
+    trl_classes: tuple[str, ...] = ()
+    trl_defaults: Mapping[str, FlagValue] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def flags(self) -> dict[str, list[Flag]]:
+        """The command's flags by section of the help."""
+        own = own_flags(self.knobs)
+        names = {flag.name for flag in own} | set(self.refused)
+        rest = [flag for flag in trl_flags(*self.trl_classes) if flag.name not in names]
+        shown = [
+            dataclasses.replace(flag, default=str(self.trl_defaults[flag.name]))
+            if flag.name in self.trl_defaults
+            else flag
+            for flag in rest
+        ]
+        return {"main flags": own, "flags of TRL": shown} if self.trl_classes else {"flags": own}
+
+    def explain_unknown(self, name: str, what: str = "key") -> str:
+        """The message for a name that is not a flag of this command."""
+        if name in self.refused:
+            return f"{name} cannot be set here: {self.refused[name]}"
+        if not self.trl_classes:
+            stages = [stage for stage, command in SECTIONS.items() if name in _flag_names(command)]
+            if stages:
+                return f"{name} belongs to a stage: give " + " or ".join(f"--{stage}.{name}" for stage in stages)
+        return unknown_name(name, [*_flag_names(self), "config"], what)
+
+    def resolve(self, *layers: Mapping[str, FlagValue], source: str = "configuration") -> Settings[Knobs]:
+        """Merge layers of values, weakest first, over the defaults.
+
+        Raises:
+            ValueError: an unknown key (with the nearest known one), a value of the wrong type, or two names for one
+                setting in the same layer.
+        """
+        flags = {flag.name: flag for section in self.flags().values() for flag in section}
+        merged: dict[str, FlagValue] = dict(self.trl_defaults)
+        for layer in layers:
+            merged |= self._checked(layer, flags, source)
+        own_names = {flag.name for flag in own_flags(self.knobs)}
+        own = self.knobs(**{key: value for key, value in merged.items() if key in own_names})
+        return Settings(own, {key: value for key, value in merged.items() if key not in own_names})
+
+    def _checked(self, layer: Mapping[str, FlagValue], flags: Mapping[str, Flag], source: str) -> dict[str, FlagValue]:
+        checked: dict[str, FlagValue] = {}
+        for key, value in layer.items():
+            name = self.aliases.get(key, key)
+            if key != name and name in layer:
+                raise ValueError(f"{source}: {key} and {name} are two names of one setting; give one of them.")
+            if key not in flags:
+                raise ValueError(f"{source}: {self.explain_unknown(key)}")
+            checked[name] = flags[name].accepts(value)
+        return checked
+
+
+_TRAINER_CLASSES = ("TrainingArguments", "BaseConfig")
+
+REWARD = CommandSpec(
+    program="reward_model_training.py",
+    description="Train a reward model on preference pairs, save it, reload it, and verify it on held-out pairs.",
+    knobs=RewardKnobs,
+    trl_classes=(*_TRAINER_CLASSES, "RewardConfig", "ModelConfig"),
+    trl_defaults={
+        "model_name_or_path": DEFAULT_MODEL,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-5,
+        "num_train_epochs": 3.0,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "save_steps": 100,
+        "save_total_limit": 2,
+    },
+    refused={
+        "chat_template_path": "the chat template is the tokenizer's own.",
+        "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+    },
+)
+
+RLOO = CommandSpec(
+    program="rloo_helpsteer_training.py",
+    description="Train a policy with RLOO (REINFORCE leave-one-out) against a trained reward model.",
+    knobs=RLOOKnobs,
+    trl_classes=(*_TRAINER_CLASSES, "RLOOConfig", "ModelConfig"),
+    trl_defaults={
+        "model_name_or_path": DEFAULT_MODEL,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 1e-6,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "save_steps": 50,
+        "save_total_limit": 2,
+    },
+    aliases={
+        "num_generations": "rloo_k",
+        "num_iterations": "num_ppo_epochs",
+        "beta": "kl_coef",
+        "epsilon": "cliprange",
+        "max_completion_length": "response_length",
+    },
+    refused={
+        "steps_per_generation": "it follows from --num_mini_batches.",
+        "generation_batch_size": "it follows from the batch size, --gradient_accumulation_steps and --num_mini_batches.",
+        "max_steps": "it follows from --total_episodes.",
+        "num_train_epochs": "the length of the run is --total_episodes.",
+        "chat_template_kwargs": "the rendering is the reward model's; --thinking of reward training decides.",
+        "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+    },
+)
+
+PIPELINE = CommandSpec(
+    program="train_pipeline.py",
+    description="Data, reward model, verification, RLOO, evaluation and summary, in one resumable run.",
+    knobs=PipelineKnobs,
+)
+
+SECTIONS: dict[Literal["reward", "rloo"], CommandSpec[Any]] = {"reward": REWARD, "rloo": RLOO}
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """The settings of a whole run and of its two training stages."""
+
+    own: PipelineKnobs
+    reward: Settings[RewardKnobs]
+    rloo: Settings[RLOOKnobs]
+
+    @property
+    def run_dir(self) -> str:
+        """Directory of the run's record."""
+        return self.own.output_dir or f"runs/{self.own.name}"
+
+
+def parse_command(command: CommandSpec[Knobs], argv: Sequence[str] | None = None) -> Settings[Knobs]:
+    """Read the command line, and the file given as --config, into settings; mistakes end the program with status 2."""
+    parser = _parser(command)
+    given = parser.parse_given(sys.argv[1:] if argv is None else argv)
+    try:
+        content, source = _read_config(given)
+        command.resolve(content, source=source)
+        return command.resolve(content, given, source="command line")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.program) -> PipelineSettings:
+    """Read the pipeline's command line and --config file; mistakes end the program with status 2."""
+    parser = _parser(dataclasses.replace(PIPELINE, program=program))
+    main_argv, section_argv = _split_sections(sys.argv[1:] if argv is None else argv)
+    given = parser.parse_given(main_argv)
+    sections = {name: _parser(command).parse_given(section_argv[name]) for name, command in SECTIONS.items()}
+    try:
+        content, source = _read_config(given)
+        return pipeline_settings(content, given, sections, source)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def pipeline_settings(
+    content: Mapping[str, FlagValue],
+    given: Mapping[str, FlagValue],
+    sections: Mapping[str, Mapping[str, FlagValue]] | None = None,
+    source: str = "configuration",
+) -> PipelineSettings:
+    """Settings of a run from a file's `content`, the main flags `given`, and the flags given for single `sections`.
+
+    What the stages share (data, model, seed, LoRA) is handed down. Precedence, weakest first: the file's main part,
+    the file's section of the stage, main flags given, flags given for the stage.
+
+    Raises:
+        ValueError: as `CommandSpec.resolve`.
+    """
+    main = {key: value for key, value in content.items() if key not in SECTIONS}
+    of_file = PIPELINE.resolve(main, source=source).own
+    own = PIPELINE.resolve(main, given, source="command line").own
+    stages: dict[str, Settings[Any]] = {}
+    for name, command in SECTIONS.items():
+        section = content.get(name) or {}
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{source}: {name}: expected a mapping from flag names to values.")
+        command.resolve(section, source=f"{source}: {name}")
+        base, final = _shared_flags(of_file, name), _shared_flags(own, name)
+        changed = {key: value for key, value in final.items() if key not in base or base[key] != value}
+        stages[name] = command.resolve(base, section, changed, (sections or {}).get(name, {}), source=f"--{name}")
+    return PipelineSettings(own, stages["reward"], stages["rloo"])
+
+
+def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str]:
+    """Take `config` out of the flags given; return the file's content and its name."""
+    file = given.pop("config", None)
+    return (read_yaml(Path(file)), str(file)) if file else ({}, "configuration")
+
+
+def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, FlagValue]:
+    shared: dict[str, FlagValue] = {f.name: getattr(own, f.name) for f in dataclasses.fields(DataKnobs)}
+    shared |= {"model_name_or_path": own.model_name_or_path, "seed": own.seed, "use_peft": own.use_peft}
+    everything = own.output_dir
+    reward_dir = own.reward_model_dir or (f"{everything}/reward_model" if everything else DEFAULT_REWARD_MODEL_DIR)
+    if stage == "reward":
+        shared |= {
+            "output_dir": reward_dir,
+            "per_device_train_batch_size": own.reward_batch_size,
+            "num_train_epochs": own.reward_epochs,
+        }
+    else:
+        shared |= {
+            "output_dir": own.policy_dir or (f"{everything}/policy" if everything else DEFAULT_POLICY_DIR),
+            "rollouts_dir": f"{everything or f'runs/{own.name}'}/rollouts",
+            "reward_model_path": reward_dir,
+            "per_device_train_batch_size": own.rloo_batch_size,
+            "total_episodes": own.total_episodes,
+        }
+    return {key: value for key, value in shared.items() if value is not None}
+
+
+def _parser(command: CommandSpec[Any]) -> FlagParser:
+    parser = FlagParser(command.program, command.description, command.flags(), command.explain_unknown)
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins.")
+    return parser
+
+
+def _flag_names(command: CommandSpec[Any]) -> list[str]:
+    return [flag.name for section in command.flags().values() for flag in section]
+
+
+def _split_sections(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Separate `--reward.x 1` and `--rloo.y 2` from the rest, each with the values that follow it."""
+    main: list[str] = []
+    sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    target = main
+    for token in argv:
+        if token.startswith("--"):
+            name, dot, rest = token[2:].partition(".")
+            target = sections[name] if dot and name in sections else main
+            token = f"--{rest}" if target is not main else token
+        target.append(token)
+    return main, sections

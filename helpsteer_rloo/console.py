@@ -1,0 +1,105 @@
+"""What a run prints: progress lines, and tables of data, predictions and results."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_CONSOLE = Console(soft_wrap=False)
+WIDTH_OF_PROMPT = 48
+
+
+def say(message: str) -> None:
+    """Print one line of progress, on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}")
+
+
+def show(table: Table) -> None:
+    """Print a table, on the main process only."""
+    if os.environ.get("RANK", "0") == "0":
+        _CONSOLE.print(table)
+
+
+def data_table(report: Mapping[str, Any]) -> Table:
+    """The data report in short: what was read, what was dropped and why, what is left."""
+    table = Table(title=f"Data: {escape(str(report['source']))}", title_justify="left")
+    table.add_column("what")
+    table.add_column("train", justify="right")
+    table.add_column("validation", justify="right")
+    table.add_column("all", justify="right")
+    table.add_row("rows read", "", "", str(report["rows"]))
+    for reason, count in {**report["bad_rows"], **_named("not selected", report["not_selected"])}.items():
+        table.add_row(escape(str(reason)), "", "", str(count))
+    for reason, count in report["dropped"].items():
+        table.add_row(f"dropped: {escape(reason)}", "", "", str(count))
+    splits = report["splits"]
+    for name in ("pairs", "prompts"):
+        numbers = [splits[split][name] for split in ("train", "validation")]
+        table.add_row(name, *map(str, numbers), str(sum(numbers)))
+    for kind in ("domains", "strengths"):
+        for value in sorted({key for split in splits.values() for key in split[kind]}):
+            numbers = [splits[split][kind].get(value, 0) for split in ("train", "validation")]
+            table.add_row(f"{kind[:-1]} {escape(value)}", *map(str, numbers), str(sum(numbers)))
+    for part in ("prompt", "chosen", "rejected"):
+        cells = [_length(splits[split]["tokens"].get(part)) for split in ("train", "validation")]
+        table.add_row(f"{part} tokens, median / p95 / max", *cells, "")
+    overlong = report["overlong"]
+    for name in ("over_max_length", "context_cut", "response_cut"):
+        table.add_row(f"pairs: {name.replace('_', ' ')} ({report['max_length']})", "", "", str(overlong[name]))
+    return table
+
+
+def _named(prefix: str, counts: Mapping[str, int]) -> dict[str, int]:
+    return {f"{prefix}: {name}": count for name, count in counts.items()}
+
+
+def _length(percentiles: Mapping[str, float] | None) -> str:
+    return "" if not percentiles else " / ".join(f"{percentiles[p]:.0f}" for p in ("p50", "p95", "p100"))
+
+
+def predictions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Sample predictions of the reward model on held-out pairs."""
+    table = Table(title="Sample predictions on held-out pairs", title_justify="left")
+    table.add_column("prompt")
+    for name in ("chosen", "rejected", "margin"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        prompt = " ".join(str(row["prompt"]).split())
+        prompt = prompt if len(prompt) <= WIDTH_OF_PROMPT else prompt[: WIDTH_OF_PROMPT - 1] + "…"
+        numbers = [f"{row[name]:+.3f}" for name in ("chosen_score", "rejected_score", "margin")]
+        table.add_row(escape(prompt), *numbers, "[green]right[/]" if row["right"] else "[red]wrong[/]")
+    return table
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """The results of a whole run."""
+    table = Table(title="Results", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    reward, policy = summary.get("reward_model"), summary.get("policy")
+    if reward:
+        label = f"reward model: held-out accuracy ({reward['heldout_pairs']} pairs)"
+        table.add_row(label, f"{reward['heldout_accuracy']:.3f}", _interval(reward["interval"]))
+    if policy:
+        table.add_row(f"policy: win rate ({policy['prompts']} held-out prompts)", f"{policy['win_rate']:.3f}",
+                      _interval(policy["win_rate_interval"]))
+        for name, key in (("reward", "reward"), ("gold quality", "gold")):
+            if f"{key}_before" in policy:
+                value = f"{policy[f'{key}_before']:.3f} -> {policy[f'{key}_after']:.3f}"
+                table.add_row(f"policy: {name}", value, "change " + _interval(policy[f"{key}_change"]["interval"]))
+        table.add_row("policy: KL from the start (nats a completion)", f"{policy['kl']:.2f}", _interval(policy["kl_interval"]))
+        table.add_row("policy: share ending by itself", f"{policy['eos_before']:.3f} -> {policy['eos_after']:.3f}", "")
+        table.add_row("policy: tokens a completion", f"{policy['length_before']:.1f} -> {policy['length_after']:.1f}", "")
+    for stage, seconds in summary["seconds"].items():
+        table.add_row(f"seconds: {stage}", f"{seconds:.1f}", "")
+    return table
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.3f} … {bounds[1]:.3f}"

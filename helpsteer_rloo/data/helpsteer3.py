@@ -1,0 +1,268 @@
+"""Rows in HelpSteer3's schema become prompt groups; every row that does not is counted under a named reason.
+
+Polarity: a negative `overall_preference` means that response 1 is better, a positive one that response 2 is; the
+magnitude is the strength (1 slightly, 2 better, 3 much better). Source: the data set's card, and NVIDIA's own loader.
+"""
+
+import hashlib
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from helpsteer_rloo.config import DataKnobs
+from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, locate, read_rows
+from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup, Role, Split
+
+_ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6});")
+"""Entities are decoded only when written in full, so that `?a=1&copy=2` stays as it is."""
+
+_NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A valid row, entities decoded; `index` counts the rows of the whole data set from 0."""
+
+    index: int
+    split: Split | None
+    domain: str
+    language: str
+    context: tuple[Message, ...]
+    responses: tuple[str, str]
+    overall_preference: int
+
+
+@dataclass
+class Counts:
+    """What happened to every row. `dropped` names one reason a row, the first that applies, in a fixed order."""
+
+    rows: int = 0
+    bad_rows: Counter[str] = field(default_factory=Counter)
+    not_selected: Counter[str] = field(default_factory=Counter)
+    selected: int = 0
+    ties: int = 0
+    empty_responses: int = 0
+    entities_decoded: int = 0
+    prompts: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The kept preferences as groups, by split, and the counts of everything else."""
+
+    groups: dict[Split, list[PromptGroup]]
+    counts: Counts
+
+
+def load_corpus(knobs: DataKnobs) -> Corpus:
+    """Read a data set into prompt groups.
+
+    Raises:
+        BadRowError: the first row that cannot be read, unless `skip_bad_rows`.
+        ValueError: the source cannot be read, or no pair is left.
+    """
+    counts = Counts()
+    rows = list(select_rows(read_all(locate(knobs), knobs, counts), knobs, counts))
+    corpus = Corpus(split_and_group(rows, knobs.validation_fraction, counts), counts)
+    if not counts.pairs:
+        raise ValueError(_nothing_left(knobs, counts))
+    return corpus
+
+
+def _nothing_left(knobs: DataKnobs, counts: Counts) -> str:
+    lost = {**counts.bad_rows, **counts.not_selected, **counts.dropped}
+    listed = ", ".join(f"{count} {reason}" for reason, count in lost.items()) or "the files are empty"
+    return (
+        f"{knobs.dataset_name}: no usable preference pair among {counts.rows} rows ({listed}). "
+        f"Look at --language (now {knobs.language}) and --domains (now {knobs.domains})."
+    )
+
+
+def read_all(files: Iterable[RowFile], knobs: DataKnobs, counts: Counts) -> Iterator[Row]:
+    """Read and validate the rows of all files; bad ones raise, or are counted with `skip_bad_rows`."""
+    for file in files:
+        for raw in read_rows(file):
+            try:
+                yield _validated(raw, counts, knobs.html_entities)
+            except BadRowError as error:
+                if not knobs.skip_bad_rows:
+                    hint = "Mend or remove the row, or pass --skip_bad_rows to count and skip such rows."
+                    raise ValueError(f"{error}\n{hint}") from None
+                counts.bad_rows[f"{error.field}: {error.reason}"] += 1
+            finally:
+                counts.rows += 1
+
+
+def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
+    if isinstance(raw.content, BadRowError):
+        raise raw.content
+    check = _FieldReader(raw)
+    row = Row(
+        index=counts.rows,
+        split=raw.file.split,
+        domain=check.text(raw.content, "domain").lower(),
+        language=check.text(raw.content, "language").lower(),
+        context=check.context(),
+        responses=(check.text(raw.content, "response1"), check.text(raw.content, "response2")),
+        overall_preference=check.preference(),
+    )
+    decoded = _decode_entities(row, html_entities)
+    counts.entities_decoded += decoded != row
+    return decoded
+
+
+@dataclass(frozen=True, slots=True)
+class _FieldReader:
+    """Reads the fields of one row, raising `BadRowError` with file, line and field."""
+
+    raw: RawRow
+
+    def bad(self, name: str, reason: str) -> BadRowError:
+        return BadRowError(str(self.raw.file.path), self.raw.line, name, reason)
+
+    def value(self, record: Any, name: str, path: str = "") -> Any:
+        if not isinstance(record, dict):
+            raise self.bad(path.rstrip("."), f"expected an object, got {type(record).__name__}")
+        if name not in record:
+            raise self.bad(path + name, "missing")
+        return record[name]
+
+    def text(self, record: Any, name: str, path: str = "") -> str:
+        value = self.value(record, name, path)
+        if not isinstance(value, str):
+            raise self.bad(path + name, f"expected a string, got {type(value).__name__}")
+        if _NOT_TEXT.search(value):
+            raise self.bad(path + name, "holds a NUL or an unpaired surrogate, which is not text")
+        return value
+
+    def context(self) -> tuple[Message, ...]:
+        turns = self.value(self.raw.content, "context")
+        if not isinstance(turns, list) or not turns:
+            raise self.bad("context", "expected a list of turns with at least one in it")
+        messages = []
+        for number, turn in enumerate(turns):
+            path = f"context[{number}]."
+            role = self.text(turn, "role", path)
+            if role not in get_args(Role):
+                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {role!r}")
+            messages.append(Message(role, self.text(turn, "content", path)))  # type: ignore[arg-type]
+        return tuple(messages)
+
+    def preference(self) -> int:
+        value = self.value(self.raw.content, "overall_preference")
+        whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+        if not whole or not -3 <= value <= 3:
+            raise self.bad("overall_preference", f"expected a whole number from -3 to 3, got {value!r}")
+        return int(value)
+
+
+def _decode_entities(row: Row, where: str) -> Row:
+    if where == "none":
+        return row
+    context = tuple(Message(m.role, _decoded(m.content)) for m in row.context)
+    first, second = row.responses
+    responses = (_decoded(first), _decoded(second)) if where == "all" else row.responses
+    return Row(row.index, row.split, row.domain, row.language, context, responses, row.overall_preference)
+
+
+def _decoded(text: str) -> str:
+    return _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+
+
+def select_rows(rows: Iterable[Row], knobs: DataKnobs, counts: Counts) -> Iterator[Row]:
+    """Keep the rows of the languages and domains asked for, and of those the ones that make a usable pair."""
+    languages, domains = _names(knobs.language), _names(knobs.domains)
+    prompts: set[tuple[Message, ...]] = set()
+    for row in rows:
+        if languages and row.language not in languages:
+            counts.not_selected["language"] += 1
+        elif domains and row.domain not in domains:
+            counts.not_selected["domain"] += 1
+        else:
+            counts.selected += 1
+            counts.ties += row.overall_preference == 0
+            counts.empty_responses += any(not response.strip() for response in row.responses)
+            prompts.add(row.context)
+            reason = unusable(row)
+            if reason is None:
+                yield row
+            else:
+                counts.dropped[reason] += 1
+    counts.prompts = len(prompts)
+
+
+def _names(text: str) -> set[str]:
+    names = {name.strip().lower() for name in text.split(",")} - {""}
+    return set() if "all" in names else names
+
+
+def unusable(row: Row) -> str | None:
+    """The first reason why a row makes no preference pair, or `None`."""
+    if row.overall_preference == 0:
+        return "tie"
+    if any(not response.strip() for response in row.responses):
+        return "empty_response"
+    if row.responses[0] == row.responses[1]:
+        return "identical_responses"
+    if row.context[-1].role != "user":
+        return f"context_ends_with_{row.context[-1].role}"
+    return None
+
+
+def chosen_and_rejected(row: Row) -> tuple[str, str]:
+    """The better and the worse response: negative `overall_preference` means that response 1 is better."""
+    first, second = row.responses
+    return (first, second) if row.overall_preference < 0 else (second, first)
+
+
+def split_and_group(rows: Iterable[Row], validation_fraction: float, counts: Counts) -> dict[Split, list[PromptGroup]]:
+    """Split by prompt and merge the pairs of each prompt into one group, in order of first appearance.
+
+    If the files name a validation split, it is used as it is, and training rows whose prompt stands in it are dropped.
+    Otherwise a prompt is held out by its own hash alone, so adding rows never moves a prompt to the other split.
+    """
+    rows = list(rows)
+    held_out = {row.context for row in rows if row.split == "validation"}
+    merged: dict[Split, dict[tuple[Message, ...], list[Row]]] = {"train": {}, "validation": {}}
+    for row in rows:
+        split = row.split or "train"
+        if not held_out:
+            split = "validation" if hash_share(prompt_key(row.context)) < validation_fraction else "train"
+        elif split == "train" and row.context in held_out:
+            counts.dropped["prompt_in_validation"] += 1
+            continue
+        merged[split].setdefault(row.context, []).append(row)
+        counts.pairs += 1
+    return {split: [group_rows(same) for same in groups.values()] for split, groups in merged.items()}
+
+
+def group_rows(rows: list[Row]) -> PromptGroup:
+    """Merge rows on one prompt into a group; a response that appears in several rows becomes one continuation."""
+    index: dict[str, int] = {}
+    preferences = []
+    for row in rows:
+        chosen, rejected = (index.setdefault(text, len(index)) for text in chosen_and_rejected(row))
+        strength = abs(row.overall_preference)
+        preferences.append(Preference(chosen, rejected, strength, row.index, row.domain, row.language))
+    return PromptGroup(rows[0].context, tuple(Continuation(text) for text in index), tuple(preferences))
+
+
+def prompt_key(messages: Iterable[Message]) -> str:
+    """A digest that identifies a prompt by the roles and contents of its turns."""
+    text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def hash_share(key: str) -> float:
+    """A prompt key as a number that is uniform in [0, 1).
+
+    >>> hash_share("8" + "0" * 31)
+    0.5
+    """
+    return int(key[:13], 16) / 16**13

@@ -1,0 +1,161 @@
+"""Where rows come from: the hub, a directory, or a file; every row arrives with its file and line."""
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpsteer_rloo.config import DataKnobs
+from helpsteer_rloo.groups import Split
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+HUB_TIMEOUT_SECONDS = 10.0
+_SPLIT_PREFIXES: tuple[tuple[str, Split], ...] = (
+    ("train", "train"),
+    ("validation", "validation"),
+    ("valid", "validation"),
+    ("val", "validation"),
+    ("dev", "validation"),
+    ("test", "validation"),
+)
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used as it stands: which file and line, which field, and why."""
+
+    def __init__(self, file: str, line: int, field: str, reason: str) -> None:
+        """Compose the message from its parts."""
+        self.file, self.line, self.field, self.reason = file, line, field, reason
+        super().__init__(f"{file}, line {line}, field {field!r}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class RowFile:
+    """One file of rows; `split` is what its name says, `None` if it says nothing."""
+
+    path: Path
+    split: Split | None
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row before validation: its content, or the error that came of reading it."""
+
+    file: RowFile
+    line: int
+    content: dict[str, Any] | BadRowError
+
+
+def locate(knobs: DataKnobs) -> list[RowFile]:
+    """Find the files of a data set, downloading them if `dataset_name` is a hub id.
+
+    Raises:
+        ValueError: nothing is there, the file type is unknown, or the hub cannot be reached.
+    """
+    path = Path(knobs.dataset_name)
+    if path.is_file():
+        if not path.name.endswith(ENDINGS):
+            raise ValueError(f"{path}: unknown file type; expected one of {', '.join(ENDINGS)}.")
+        return [RowFile(path, None)]
+    directory = path if path.is_dir() else _download(knobs)
+    inside = directory / knobs.dataset_subset
+    directory = inside if inside.is_dir() else directory
+    files = [RowFile(p, _split_of_name(p)) for p in sorted(directory.iterdir()) if p.name.endswith(ENDINGS)]
+    if not files:
+        raise ValueError(f"{directory}: no file of rows here; expected files ending in {', '.join(ENDINGS)}.")
+    return files
+
+
+def _split_of_name(path: Path) -> Split | None:
+    name = path.name.lower()
+    return next((split for prefix, split in _SPLIT_PREFIXES if name.startswith(prefix)), None)
+
+
+def _download(knobs: DataKnobs) -> Path:
+    name = knobs.dataset_name
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(ENDINGS):
+        raise ValueError(f"--dataset_name {name}: no such file or directory (and not a hub id of the form owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=knobs.dataset_revision,
+            allow_patterns=[f"{knobs.dataset_subset}/*{ending}" for ending in ENDINGS],
+            etag_timeout=HUB_TIMEOUT_SECONDS,
+        )
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"Could not fetch the data set {name!r} (subset {knobs.dataset_subset!r}) from the hub: {reason}\n"
+            "Check the name and the network, or pass a local copy: --dataset_name PATH, where PATH is a directory with "
+            f"{knobs.dataset_subset}/train.jsonl.gz and {knobs.dataset_subset}/validation.jsonl.gz, or one "
+            "file ending in " + ", ".join(ENDINGS) + "."
+        ) from None
+    return Path(folder)
+
+
+def content_digest(files: list[RowFile]) -> str:
+    """A digest of the files' names and bytes: the identity of the source."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.path.name.encode())
+        with file.path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def read_rows(file: RowFile) -> Iterator[RawRow]:
+    """The rows of a file in order; lines count from 1, blank lines are passed over.
+
+    Raises:
+        ValueError: the file as a whole cannot be read (a damaged archive, say).
+    """
+    try:
+        yield from _read_parquet(file) if file.path.name.endswith(".parquet") else _read_lines(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file.path}: cannot be read: {error}. Is the file complete?") from None
+
+
+def _read_lines(file: RowFile) -> Iterator[RawRow]:
+    opened = gzip.open(file.path, "rb") if file.path.name.endswith(".gz") else file.path.open("rb")
+    with opened as stream:
+        for line, raw in enumerate(stream, start=1):
+            if raw.strip():
+                yield RawRow(file, line, _parse(file, line, raw))
+
+
+def _parse(file: RowFile, line: int, raw: bytes) -> dict[str, Any] | BadRowError:
+    try:
+        content = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRowError(str(file.path), line, "(row)", f"not UTF-8: {error.reason} at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return BadRowError(str(file.path), line, "(row)", f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return BadRowError(str(file.path), line, "(row)", "not JSON: nested too deeply")
+    if not isinstance(content, dict):
+        return BadRowError(str(file.path), line, "(row)", f"expected an object, got {type(content).__name__}")
+    return content
+
+
+def _read_parquet(file: RowFile) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        line = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for content in batch.to_pylist():
+                line += 1
+                yield RawRow(file, line, content)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file.path}: not a readable parquet file: {error}") from None

@@ -1,0 +1,82 @@
+"""`helpsteer-rloo demo`: the pipeline in a small world whose gold quality is known, offline, on two cores."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpsteer_rloo.config import PipelineSettings, pipeline_settings
+from helpsteer_rloo.data.demo import DemoBaseSettings, gold, write_rows
+from helpsteer_rloo.flags import read_yaml, unknown_name
+from helpsteer_rloo.pipeline import run_pipeline
+from helpsteer_rloo.stages import Stage
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The world (rows to write), the base model to build in it, and the pipeline over them."""
+
+    rows: int
+    base: DemoBaseSettings
+    pipeline: PipelineSettings
+
+
+def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
+    """Read `--config`, `--seed` and `--output_dir` into settings; mistakes end the program with status 2."""
+    parser = argparse.ArgumentParser("helpsteer-rloo demo", description=__doc__)
+    parser.add_argument("--config", default="configs/demo.yaml", help="settings of the world, the base and the stages")
+    parser.add_argument("--seed", type=int, help="seed of the world and of every stage (default: the file's)")
+    parser.add_argument("--output_dir", help="directory of everything the demo makes (default: the file's)")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    given = {key: getattr(args, key) for key in ("seed", "output_dir") if getattr(args, key) is not None}
+    try:
+        return demo_settings(read_yaml(Path(args.config)), given, source=args.config)
+    except ValueError as error:
+        parser.exit(2, f"helpsteer-rloo demo: {error}\n")
+
+
+def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: str) -> DemoSettings:
+    """Settings from a file's content and the flags given; paths follow from the output directory.
+
+    Raises:
+        ValueError: an unknown key, or as `pipeline_settings`.
+    """
+    world = dict(content.get("demo") or {})
+    rows, base = int(world.pop("rows", 8000)), dict(world.pop("base", {}))
+    known = [field.name for field in dataclasses.fields(DemoBaseSettings)]
+    for key in [*world, *(key for key in base if key not in known)]:
+        raise ValueError(f"{source}: demo: {unknown_name(key, ['rows', 'base', *known], 'key')}")
+    rest = {key: value for key, value in content.items() if key != "demo"}
+    directory = given.get("output_dir") or rest.get("output_dir") or "runs/demo"
+    paths = {
+        "output_dir": directory,
+        "dataset_name": f"{directory}/rows.jsonl",
+        "model_name_or_path": f"{directory}/base",
+    }
+    return DemoSettings(rows, DemoBaseSettings(**base), pipeline_settings(rest, {**given, **paths}, source=source))
+
+
+def run_demo(settings: DemoSettings) -> None:
+    """Write the world, build the base model, and run the pipeline with the world's gold quality as judge."""
+    own = settings.pipeline.own
+    rows_file, base_dir = Path(own.dataset_name), Path(own.model_name_or_path)
+
+    def write_world() -> dict[str, Any]:
+        rows_file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(rows_file, own.seed, settings.rows)
+        return {"rows": settings.rows, "file": str(rows_file)}
+
+    def build() -> dict[str, Any]:
+        from helpsteer_rloo.training.demo_base import build_base
+
+        build_base(base_dir, settings.base, own.seed)
+        return {"directory": str(base_dir)}
+
+    world = Stage("world", {"rows": settings.rows, "seed": own.seed}, write_world, artefacts=(rows_file,))
+    base = Stage(
+        "base", dataclasses.asdict(settings.base), build, artefacts=(base_dir / "config.json",), directory=base_dir
+    )
+    run_pipeline(settings.pipeline, before=[world, base], gold=gold)

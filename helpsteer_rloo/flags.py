@@ -1,0 +1,253 @@
+"""Command-line flags and YAML keys, described once and parsed without importing torch.
+
+A command takes two kinds of flags: our own, declared as dataclasses in `helpsteer_rloo.config`, and those of TRL's
+configuration classes. The latter are read from the *source* of the installed TRL and transformers, because importing
+them takes seconds and `--help` should not; their values are turned into TRL's objects later, by TRL's own parser.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+FlagValue = Any
+"""What a flag can hold: a scalar, a list or a mapping, as YAML gives them."""
+
+TRL_SOURCES = {
+    "TrainingArguments": ("transformers", "training_args.py"),
+    "BaseConfig": ("trl", "trainer/base_config.py"),
+    "RewardConfig": ("trl", "trainer/reward_config.py"),
+    "RLOOConfig": ("trl", "trainer/rloo_config.py"),
+    "ModelConfig": ("trl", "trainer/model_config.py"),
+}
+"""Where each configuration class stands: distribution package and file inside it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag: its name, its type as written in the source, its default as text, and its help.
+
+    >>> Flag("lora_r", "int", "16", "LoRA rank.").converter()("8")
+    8
+    """
+
+    name: str
+    annotation: str
+    default: str
+    help: str
+
+    def alternatives(self) -> list[str]:
+        """The types the flag admits: `["float", "None"]` for `float | None`."""
+        return [part.strip() for part in self.annotation.split("|")]
+
+    def is_list(self) -> bool:
+        """Whether the flag takes several values."""
+        return any(part.startswith(("list", "tuple")) for part in self.alternatives())
+
+    def is_bool(self) -> bool:
+        """Whether the flag may stand alone, meaning true."""
+        return "bool" in self.alternatives()
+
+    def converter(self) -> Callable[[str], FlagValue]:
+        """The function from the text of one value to the value; it raises `ValueError` for text that does not fit."""
+        alternatives = self.alternatives()
+
+        def convert(text: str) -> FlagValue:
+            if "None" in alternatives and text.lower() in ("none", "null"):
+                return None
+            for name in alternatives:
+                if name in _CONVERTERS:
+                    try:
+                        return _CONVERTERS[name](text)
+                    except ValueError:
+                        continue
+            if any(name in _CONVERTERS for name in alternatives) and "str" not in alternatives:
+                raise ValueError(f"expected {self.annotation}, got {text!r}")
+            return text
+
+        convert.__name__ = self.annotation
+        return convert
+
+    def accepts(self, value: FlagValue) -> FlagValue:
+        """Check a value from a YAML file against the type and return it converted.
+
+        Raises:
+            ValueError: the value does not fit the flag's type.
+        """
+        if isinstance(value, (list, tuple)) or value is None or isinstance(value, dict):
+            if isinstance(value, (list, tuple)) and not self.is_list() and "dict" not in self.annotation:
+                raise ValueError(f"{self.name}: expected {self.annotation}, got the list {list(value)!r}")
+            return list(value) if isinstance(value, tuple) else value
+        try:
+            converted = self.converter()(str(value))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        return [converted] if self.is_list() else converted
+
+
+def _to_bool(text: str) -> bool:
+    lowered = text.lower()
+    if lowered in ("true", "yes", "1", "on"):
+        return True
+    if lowered in ("false", "no", "0", "off"):
+        return False
+    raise ValueError(f"expected true or false, got {text!r}")
+
+
+def _to_int(text: str) -> int:
+    number = float(text)
+    if number != int(number):
+        raise ValueError(f"expected a whole number, got {text!r}")
+    return int(number)
+
+
+_CONVERTERS: dict[str, Callable[[str], FlagValue]] = {"bool": _to_bool, "int": _to_int, "float": float}
+
+
+def own_flags(knobs: type) -> list[Flag]:
+    """The flags that a dataclass of `helpsteer_rloo.config` declares, in order."""
+    return [
+        Flag(field.name, _annotation(field.type), str(field.default), str(field.metadata["help"]))
+        for field in dataclasses.fields(knobs)
+    ]
+
+
+def _annotation(annotation: object) -> str:
+    return annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+
+
+def trl_flags(*class_names: str) -> list[Flag]:
+    """The flags of TRL's configuration classes, read from the installed sources; later classes override earlier ones.
+
+    Raises:
+        ValueError: TRL or transformers is not installed.
+    """
+    flags: dict[str, Flag] = {}
+    for class_name in class_names:
+        package, file = TRL_SOURCES[class_name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"The package {package} is not installed; install the project with its dependencies.")
+        source = Path(spec.submodule_search_locations[0]) / file
+        flags |= {flag.name: flag for flag in _fields_of_source(source.read_text(encoding="utf-8"))}
+    return list(flags.values())
+
+
+def _fields_of_source(source: str) -> Iterable[Flag]:
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value is not None:
+                name, annotation = item.target.id, ast.unparse(item.annotation)
+                if not name.startswith("_") and "ClassVar" not in annotation:
+                    yield _flag_of_field(name, annotation, item.value)
+
+
+def _flag_of_field(name: str, annotation: str, value: ast.expr) -> Flag:
+    keywords = {k.arg: k.value for k in value.keywords} if isinstance(value, ast.Call) else {"default": value}
+    default = keywords.get("default")
+    help_text = ""
+    if "metadata" in keywords:
+        try:
+            help_text = str(ast.literal_eval(keywords["metadata"]).get("help", ""))
+        except ValueError:
+            help_text = ""
+    return Flag(name, annotation, ast.unparse(default) if default is not None else "", help_text.replace("%%", "%"))
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser over `Flag`s that returns only what the user gave, and names the nearest flag for an unknown one."""
+
+    def __init__(
+        self,
+        program: str,
+        description: str,
+        groups: Mapping[str, Sequence[Flag]],
+        explain_unknown: Callable[[str, str], str],
+    ) -> None:
+        """Build the parser; `groups` maps a title in the help to the flags under it.
+
+        `explain_unknown` turns a name that is no flag, and what it was written as, into a message.
+        """
+        super().__init__(
+            prog=program,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.explain_unknown = explain_unknown
+        for title, flags in groups.items():
+            section = self.add_argument_group(title)
+            for flag in flags:
+                _add_flag(section, flag)
+
+    def parse_given(self, argv: Sequence[str]) -> dict[str, FlagValue]:
+        """The flags present in `argv`, converted; an unknown flag ends the program with the nearest known name."""
+        argv = [_underscored(token) for token in argv]
+        known, rest = self.parse_known_args(argv)
+        if rest:
+            unknown = rest[0]
+            if not unknown.startswith("--"):
+                self.error(f"unexpected argument {unknown!r}; flags are written --name value")
+            self.error(self.explain_unknown(unknown[2:].split("=")[0], "flag"))
+        return vars(known)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message alone, without pages of usage, and end with status 2."""
+        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help for all flags.\n")
+
+
+def _underscored(token: str) -> str:
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _add_flag(section: argparse._ArgumentGroup, flag: Flag) -> None:
+    options: dict[str, Any] = {"type": flag.converter(), "default": argparse.SUPPRESS, "metavar": flag.annotation}
+    if flag.is_list():
+        options["nargs"] = "+"
+        options["type"] = str
+    elif flag.is_bool():
+        options["nargs"] = "?"
+        options["const"] = True
+    elif "dict" in flag.annotation:
+        options["type"] = yaml.safe_load
+    default = f" (default: {flag.default})" if flag.default not in ("", "None") else ""
+    section.add_argument(f"--{flag.name}", help=(flag.help + default).replace("%", "%%"), **options)
+
+
+def unknown_name(name: str, known: Iterable[str], what: str) -> str:
+    """The message for an unknown name, with the nearest known one.
+
+    >>> unknown_name("lora_rank", ["lora_r", "lora_alpha"], "key")
+    "unknown key 'lora_rank'; did you mean 'lora_r'?"
+    """
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"unknown {what} {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def read_yaml(path: Path) -> dict[str, FlagValue]:
+    """Read a configuration file: a mapping from flag names to values.
+
+    Raises:
+        ValueError: the file cannot be read, is not YAML, or does not hold a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot read the configuration file: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping from flag names to values, got {type(content).__name__}.")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,94 @@
+"""Scores of sequences and log-probabilities of completions, by padded forward passes in chunks.
+
+Padding never changes a result: scores are read at the last real token by position, not by searching for the padding
+id, so a sequence that ends in that id is scored where it ends.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from helpsteer_rloo.model.loading import Model
+
+
+def scalar_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The body and the scalar head of a sequence-classification model, through LoRA if there is any.
+
+    Raises:
+        ValueError: the model has no `score` head.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = getattr(inner, "score", None)
+    body = getattr(inner, str(getattr(inner, "base_model_prefix", "")), None)
+    if not isinstance(head, nn.Module) or not isinstance(body, nn.Module):
+        raise ValueError(f"{type(inner).__name__} has no scalar head named 'score' and cannot serve as a reward model.")
+    return body, head
+
+
+@torch.no_grad()
+def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+    """Score token sequences with a reward model.
+
+    Args:
+        model: A sequence-classification model with one label, bare or with LoRA; used in the mode it is in.
+        sequences: Ids of prompt and continuation together, at least one id each.
+        batch_size: Sequences in one forward pass; sorted by length, so that little is padding.
+
+    Returns:
+        One score a sequence, in the order given.
+    """
+    body, head = scalar_head(model)
+    weight = next(head.parameters())
+    scores = [0.0] * len(sequences)
+    for chunk in _by_length(sequences, batch_size):
+        input_ids_BT, mask_BT = pad_right([sequences[i] for i in chunk], weight.device)
+        hidden_BTD = body(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        last_B = mask_BT.sum(1) - 1
+        hidden_BD = hidden_BTD[torch.arange(len(chunk), device=weight.device), last_B]
+        for index, score in zip(chunk, head(hidden_BD.to(weight.dtype)).float()[:, 0].tolist(), strict=True):
+            scores[index] = score
+    return scores
+
+
+@torch.no_grad()
+def completion_log_probs(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    batch_size: int,
+    temperature: float = 1.0,
+) -> list[float]:
+    """Sum of the log-probabilities of each completion's tokens, given its prompt, in nats.
+
+    Only the completions' positions go through the vocabulary head.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
+    sequences = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    sums = [0.0] * len(sequences)
+    for chunk in _by_length(sequences, batch_size):
+        input_ids_BT, mask_BT = pad_right([sequences[i] for i in chunk], head.weight.device)
+        hidden_BTD = body(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        for row, index in enumerate(chunk):
+            start, end = len(prompts[index]), len(sequences[index])
+            logits_CV = head(hidden_BTD[row, start - 1 : end - 1]).float() / temperature
+            targets_C1 = input_ids_BT[row, start:end, None]
+            sums[index] = logits_CV.log_softmax(-1).gather(-1, targets_C1).sum().item()
+    return sums
+
+
+def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sequences as one tensor, zeros behind the shorter ones, and the mask of real tokens; both `[B, T]`."""
+    length = max(map(len, sequences))
+    ids = [[*sequence, *[0] * (length - len(sequence))] for sequence in sequences]
+    mask = [[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Chunks of indices, longest sequences first, so that memory runs out at once or not at all."""
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,138 @@
+"""Loading of tokenizers, policies and reward models, from a directory or the hub, with messages for users."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, read_json
+
+Model = PreTrainedModel | PeftModel
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; a missing pad token becomes the end-of-sequence token.
+
+    Raises:
+        ValueError: it cannot be fetched or read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("tokenizer", name, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_model_is_there(name: str, revision: str | None = None) -> None:
+    """Fail early, before any long work, when a model's configuration cannot be fetched.
+
+    Raises:
+        ValueError: it cannot be fetched or read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("model", name, error)) from None
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"Could not fetch the {what} {name!r}: {reason}\n"
+        "Check the name and the network, or pass a directory that holds the model: --model_name_or_path PATH."
+    )
+
+
+def accelerator() -> torch.device:
+    """The device that work runs on: the current GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def has_bf16() -> bool:
+    """Whether the hardware computes in bfloat16 at full speed."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def weight_dtype(use_peft: bool, asked: str | None = None) -> torch.dtype:
+    """The type that weights are held in: what was asked for, else bf16 for a frozen base on hardware that has it.
+
+    Weights that are trained in full stay in float32: at a learning rate of 1e-5 most updates are smaller than the
+    spacing of bfloat16 (2^-8 relative) and would be rounded away.
+    """
+    if asked not in (None, "auto"):
+        dtype = getattr(torch, str(asked).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"--dtype is {asked!r}; expected float32, bfloat16 or float16.")
+        return dtype
+    return torch.bfloat16 if use_peft and has_bf16() else torch.float32
+
+
+def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
+    """Load a reward model this project trained, with its record, ready for scoring.
+
+    Raises:
+        ValueError: the directory is not a reward model of this project, or its base model cannot be fetched.
+    """
+    directory = Path(directory)
+    record = read_json(directory / REWARD_MODEL_RECORD)
+    if record is None:
+        raise ValueError(
+            f"{directory}: no {REWARD_MODEL_RECORD} here, so this is not a reward model that reward_model_training.py "
+            "finished. Train one first, or give its directory with --reward_model_path."
+        )
+    dtype = getattr(torch, record["dtype"])
+    try:
+        if record["adapter"]:
+            base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+            model: Model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+            model = PeftModel.from_pretrained(model, str(directory))
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(str(directory), num_labels=1, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("reward model", str(directory), error)) from None
+    return model.to(accelerator()).eval(), record
+
+
+def load_policy(name: str | Path, dtype: torch.dtype, adapter: str | Path | None = None) -> Model:
+    """Load a causal language model for sampling, with a LoRA adapter on it if one is given.
+
+    Raises:
+        ValueError: it cannot be fetched or read.
+    """
+    try:
+        model: Model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter))
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("model", str(name), error)) from None
+    return model.to(accelerator()).eval()
+
+
+def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: those of the generation configuration, and the tokenizer's."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    own = tokenizer.eos_token_id
+    return ids if own in ids else [own, *ids]
+
+
+def release() -> None:
+    """Give memory of deleted models back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,78 @@
+"""The mathematics of training: leave-one-out advantages, the Bradley-Terry loss, KL estimates. Pure functions."""
+
+import torch
+from torch import Tensor
+
+
+def leave_one_out(rewards_PN: Tensor) -> Tensor:
+    """Advantage of each sample over the mean of the other samples on the same prompt.
+
+    A_i = r_i - (sum_{j != i} r_j) / (N - 1)   (Ahmadian et al. 2024, arXiv 2402.14740, eq. 9; Kool et al. 2019)
+
+    A reward of NaN is missing: it is left out of the others' baselines and its own advantage is 0, as is that of a
+    sample whose siblings are all missing. At N = 2 the advantage of the first sample is r_1 - r_2, the margin of the
+    Bradley-Terry model.
+
+    Args:
+        rewards_PN: Rewards `[P, N]`, N >= 2, in reward units.
+
+    Returns:
+        Advantages `[P, N]`, in reward units.
+
+    >>> leave_one_out(torch.tensor([[1.0, 2.0, 6.0]]))
+    tensor([[-3.0000, -1.5000,  4.5000]])
+    """
+    total_P1 = rewards_PN.nansum(dim=1, keepdim=True)
+    others_P1 = (~rewards_PN.isnan()).sum(dim=1, keepdim=True) - 1
+    baseline_PN = (total_P1 - rewards_PN) / others_P1
+    return (rewards_PN - baseline_PN).where(has_baseline(rewards_PN), 0.0)
+
+
+def has_baseline(rewards_PN: Tensor) -> Tensor:
+    """Which samples have a reward and at least one sibling with one, and so an advantage; booleans `[P, N]`."""
+    present_PN = ~rewards_PN.isnan()
+    return present_PN & (present_PN.sum(dim=1, keepdim=True) > 1)
+
+
+def preference_margins(scores_PN: Tensor) -> Tensor:
+    """Margin of chosen over rejected, `[P]`, from scores `[P, 2]` in that order: the leave-one-out advantage at N = 2.
+
+    >>> preference_margins(torch.tensor([[1.5, 1.0]]))
+    tensor([0.5000])
+    """
+    return leave_one_out(scores_PN)[:, 0]
+
+
+def bradley_terry_loss(margins_P: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the preferences, -log sigma(margin), in nats (Bradley & Terry 1952).
+
+    >>> bradley_terry_loss(torch.tensor([0.0]))
+    tensor(0.6931)
+    """
+    return -torch.nn.functional.logsigmoid(margins_P).mean()
+
+
+def kl_k1(log_probs_BC: Tensor, reference_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """Single-sample estimate of KL(policy | reference) of whole completions, in nats, `[B]`.
+
+    k1 = sum_t log pi(y_t) - log pi_ref(y_t), unbiased for samples of pi; it may be negative for one sample
+    (Schulman 2020, "Approximating KL divergence", estimator k1; summed over tokens as in Ahmadian et al. 2024).
+
+    Args:
+        log_probs_BC: Log-probabilities of the sampled tokens under the policy, `[B, C]`.
+        reference_BC: The same under the reference, `[B, C]`.
+        mask_BC: 1 at tokens of the completion, 0 at padding, `[B, C]`.
+    """
+    return ((log_probs_BC - reference_BC) * mask_BC).sum(-1)
+
+
+def penalized_rewards(scores_B: Tensor, penalties_B: Tensor, kl_B: Tensor | None, kl_coef: float) -> Tensor:
+    """The reward that RLOO maximizes, `[B]`: score - penalty - kl_coef * KL.
+
+    Penalties are subtracted, never multiplied: a factor below 1 would *raise* a negative score.
+
+    >>> penalized_rewards(torch.tensor([-2.0]), torch.tensor([1.0]), torch.tensor([10.0]), 0.05)
+    tensor([-3.5000])
+    """
+    rewards_B = scores_B - penalties_B
+    return rewards_B if kl_B is None else rewards_B - kl_coef * kl_B

@@ -1,0 +1,133 @@
+"""Where the files of a run lie, and how they are written: atomically, with the completion marker last."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REWARD_MODEL_RECORD = "reward_model.json"
+"""In a reward model's directory: what it was trained on and how it scores. Its presence marks a finished model."""
+
+HELDOUT_PROMPTS = "heldout_prompts.txt"
+"""In a reward model's directory: keys of the prompts it was verified on, one a line; no policy may train on them."""
+
+POLICY_RECORD = "policy.json"
+"""In a policy's directory: how it was trained. Its presence marks a finished policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The record of one run.
+
+    >>> RunDir(Path("runs/demo")).stage("data").as_posix()
+    'runs/demo/stages/data.json'
+    """
+
+    root: Path
+
+    def stage(self, name: str) -> Path:
+        """Completion marker of a stage: its inputs, outputs and seconds."""
+        return self.root / "stages" / f"{name}.json"
+
+    def stage_started(self, name: str) -> Path:
+        """Inputs of a stage that has begun; tells a restart whether what is half done can be gone on with."""
+        return self.root / "stages" / f"{name}.started.json"
+
+    @property
+    def data_report(self) -> Path:
+        """Counts of the data, by split, domain, strength and reason."""
+        return self.root / "data.json"
+
+    @property
+    def samples(self) -> Path:
+        """Held-out prompts with the answers of the untrained and the trained policy, one JSON line a prompt."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """All results of the run."""
+        return self.root / "summary.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: after a crash there is the old content or the new, never a part.
+
+    Raises:
+        OSError: the directory cannot be made or written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically, as `write_text` does; the directory must exist."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, indented, keys in the given order; NaN and infinity are refused."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; `None` if there is no such file.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run the command again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object; delete it and run the command again.")
+    return content
+
+
+def fingerprint(content: object) -> str:
+    """A short digest of a JSON-like value; equal values have equal digests whatever the order of their keys.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def set_aside(path: Path) -> Path:
+    """Move a directory that is about to be replaced to `<name>.previous`, replacing an earlier one; return that."""
+    previous = path.with_name(path.name + ".previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    path.rename(previous)
+    return previous
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in a trainer's output directory, or `None`."""
+    found = [(int(p.name.rpartition("-")[2]), p) for p in directory.glob("checkpoint-*") if p.name[11:].isdigit()]
+    complete = [(step, path) for step, path in found if (path / "trainer_state.json").exists()]
+    return max(complete)[1] if complete else None

@@ -1,0 +1,88 @@
+"""Intervals for the numbers that are reported: proportions over clustered observations, and paired differences."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95 % interval and the count behind it."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The estimate as it is written to result files."""
+        return {"value": self.value, "interval": [self.low, self.high], "count": self.count}
+
+    def __str__(self) -> str:
+        """The estimate as it is printed: `0.861 [0.832, 0.886], n = 640`."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.count}"
+
+
+def proportion(hits: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """A share, with a Wilson interval for the effective number of observations.
+
+    Observations in one cluster (pairs on one prompt) are not independent. The variance of the share is estimated from
+    the clusters' totals (linearization; Cochran 1977, eq. 9.30 ff.), the design effect is its ratio to the variance of
+    independent observations, and Wilson's interval is taken at n / max(1, design effect) (Dean & Pagano 2015). Unlike
+    a bootstrap it keeps a width when all observations agree.
+
+    Args:
+        hits: 1 for a hit, 0 for a miss, 0.5 for half a hit (a tie).
+        clusters: The cluster of each observation; `None` for independent ones.
+
+    Raises:
+        ValueError: there is no observation.
+
+    >>> print(proportion([1, 1, 1, 0]))
+    0.750 [0.301, 0.954], n = 4
+    """
+    values = np.asarray(hits, dtype=float)
+    if not len(values):
+        raise ValueError("A share of nothing is undefined: there is no observation.")
+    share = float(values.mean())
+    low, high = _wilson(share, len(values) / _design_effect(values, share, clusters))
+    return Estimate(share, low, high, len(values))
+
+
+def _design_effect(values: np.ndarray[Any, Any], share: float, clusters: Sequence[Hashable] | None) -> float:
+    if clusters is None:
+        return 1.0
+    totals: dict[Hashable, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        totals[cluster] = totals.get(cluster, 0.0) + value - share
+    number, independent = len(totals), share * (1 - share) / len(values)
+    if number < 2 or independent == 0:
+        return len(values) / number
+    variance = number / (number - 1) * sum(total**2 for total in totals.values()) / len(values) ** 2
+    return max(1.0, float(variance / independent))
+
+
+def _wilson(share: float, count: float) -> tuple[float, float]:
+    z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """A mean with Student's t interval; of differences, for paired comparisons.
+
+    Raises:
+        ValueError: there are fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError("An interval of a mean needs at least two values.")
+    array = np.asarray(values, dtype=float)
+    centre, error = float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array)))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(array) - 1)) * error
+    return Estimate(centre, centre - half, centre + half, len(array))

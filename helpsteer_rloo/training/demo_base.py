@@ -1,0 +1,161 @@
+"""The base model of the demo world: a very small Qwen3 with its own tokenizer, taught the language and made mediocre.
+
+Architecture, chat template and special tokens are Qwen3's; only the sizes and the learned vocabulary differ, so every
+later stage treats this base exactly as it would treat a real one.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import AddedToken, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.trainer_utils import set_seed
+from trl import SFTConfig, SFTTrainer
+
+from helpsteer_rloo.data.demo import DemoBaseSettings, preference_rows, sft_conversations
+from helpsteer_rloo.groups import Message
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# The added tokens of Qwen3's tokenizer_config.json in the order of their ids: those marked special, then the others.
+SPECIAL_TOKENS = (
+    PAD, START, END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+ORDINARY_TOKENS = (
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
+    "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
+)  # fmt: skip
+TOKENIZER_ROWS = 3000
+
+
+def build_base(output_dir: Path, settings: DemoBaseSettings, seed: int) -> None:
+    """Make, train and save the base model and its tokenizer in `output_dir`; the same seed gives the same weights.
+
+    Both load with `AutoTokenizer.from_pretrained` and `AutoModelForCausalLM.from_pretrained`.
+    """
+    set_seed(seed)
+    tokenizer = build_tokenizer(settings.vocab_size, seed)
+    model = build_model(tokenizer, settings)
+    train(model, tokenizer, settings, seed)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def build_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with Qwen3's normaliser, pre-tokeniser, added tokens and chat template.
+
+    All 256 byte symbols are in the vocabulary, so any text encodes and decodes. `vocab_size` counts the added tokens
+    too; it is an upper bound, as learning stops when no pair of symbols is left to merge.
+    """
+    learner = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
+    learned = vocab_size - len(SPECIAL_TOKENS) - len(ORDINARY_TOKENS)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=learned, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(_corpus(seed), trainer)
+    model = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        unk_token=None,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=131072,
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ORDINARY_TOKENS])
+    tokenizer.chat_template = chat_template()
+    return tokenizer
+
+
+def chat_template() -> str:
+    """Qwen3's chat template, as shipped with TRL."""
+    return resources.files("trl").joinpath("chat_templates", "qwen3.jinja").read_text(encoding="utf-8")
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, settings: DemoBaseSettings) -> Qwen3ForCausalLM:
+    """An untrained fp32 Qwen3 of the given shape, which pads and ends as `tokenizer` does."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.key_value_heads,
+        head_dim=settings.head_dim,
+        max_position_embeddings=settings.max_position_embeddings,
+        initializer_range=settings.initial_std,
+        tie_word_embeddings=True,
+        pad_token_id=pad,
+        bos_token_id=None,
+        eos_token_id=end,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, pad_token_id=pad, eos_token_id=end)
+    return model
+
+
+def train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: DemoBaseSettings, seed: int
+) -> None:
+    """Supervised training in place: faultless answers first, then answers of mixed quality."""
+    batch = settings.batch_size
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = SFTConfig(
+            output_dir=scratch,
+            max_steps=settings.clean_steps + settings.mixed_steps,
+            per_device_train_batch_size=batch,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=20,
+            weight_decay=0.01,
+            train_sampling_strategy="sequential",
+            completion_only_loss=True,
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            save_strategy="no",
+            logging_steps=40,
+            disable_tqdm=bool(__import__("os").environ.get("QUIET")),
+            seed=seed,
+        )
+        examples = [
+            example
+            for steps, mixed in ((settings.clean_steps, False), (settings.mixed_steps, True))
+            for example in _examples(tokenizer, seed, steps * batch, mixed=mixed)
+        ]
+        dataset = Dataset.from_list(examples)
+        SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()
+    model.eval()
+
+
+def _corpus(seed: int) -> Iterator[str]:
+    """The texts the vocabulary is learned from."""
+    for row in preference_rows(seed, TOKENIZER_ROWS):
+        yield from (message["content"] for message in row["context"])
+        yield from (row["response1"], row["response2"])
+    yield from ["system\n", "user\n", "assistant\n", "\n\n"] * 2
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase, seed: int, count: int, *, mixed: bool
+) -> Iterator[dict[str, list[int]]]:
+    """Token ids with a mask of the answer: the prompt as rendered for sampling, then response and end of turn."""
+    for messages, response in sft_conversations(seed, count, mixed=mixed):
+        prompt_ids = _prompt_ids(tokenizer, messages)
+        answer_ids = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+        mask = [0] * len(prompt_ids) + [1] * len(answer_ids)
+        yield {"input_ids": prompt_ids + answer_ids, "completion_mask": mask}
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...]) -> list[int]:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,69 @@
+"""The ledger of rollouts: one JSON line a completion, with everything its advantage was computed from."""
+
+import gzip
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from helpsteer_rloo.run_dir import write_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One completion.
+
+    `scores` holds each reward source's raw score, `None` where it gave none; `score` is their weighted, clipped sum.
+    reward = score - missing_eos_penalty - kl_coef * kl, and `advantage` is the reward's leave-one-out advantage in
+    its `group` (normalized, if the run normalizes). `kl` is k1 summed over the completion's tokens, in nats.
+    """
+
+    step: int
+    group: int
+    index: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    text: str
+    finish_reason: str
+    scores: dict[str, float | None]
+    score: float | None
+    missing_eos_penalty: float
+    kl: float | None
+    kl_coef: float
+    reward: float | None
+    advantage: float
+
+
+def write_rollout(directory: Path, step: int, entries: Iterable[Entry]) -> Path:
+    """Write one batch of rollouts as `step-<optimizer step>.jsonl.gz`, atomically.
+
+    A run that goes on from a checkpoint samples the steps behind it again and replaces their files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step-{step:06d}.jsonl.gz"
+    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+    write_bytes(path, gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0))
+    return path
+
+
+def read_rollouts(directory: Path) -> list[Entry]:
+    """All entries of a ledger in the order of their steps."""
+    entries = []
+    for path in sorted(directory.glob("step-*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            entries += [Entry(**json.loads(line)) for line in file]
+    return entries
+
+
+def discard_rollouts_from(directory: Path, step: int) -> int:
+    """Remove the files of optimizer steps from `step` on, which a restart will sample again; return their number."""
+    stale = [path for path in directory.glob("step-*.jsonl.gz") if int(path.name[5:11]) >= step]
+    for path in stale:
+        path.unlink()
+    return len(stale)
+
+
+def number_or_none(value: float) -> float | None:
+    """A float for JSON: NaN, which marks a missing reward, becomes null."""
+    return None if math.isnan(value) else value

@@ -1,0 +1,159 @@
+"""Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from helpsteer_rloo.config import RLOOKnobs, Settings
+from helpsteer_rloo.data.helpsteer3 import prompt_key
+from helpsteer_rloo.data.preparation import rollout_prompts
+from helpsteer_rloo.groups import PromptGroup, TokenGroup
+from helpsteer_rloo.model.loading import load_reward_model
+from helpsteer_rloo.rendering import MINIMUM_ROOM, Renderer
+from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
+from helpsteer_rloo.training.ledger import discard_rollouts_from
+from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
+from helpsteer_rloo.training.scorer import RewardModelScorer
+from helpsteer_rloo.training.trl_configs import (
+    build_args,
+    build_model_config,
+    model_init_kwargs,
+    peft_and_quantization,
+)
+
+
+def train_policy(
+    settings: Settings[RLOOKnobs], tokenizer: PreTrainedTokenizerBase, prompts: list[PromptGroup]
+) -> dict[str, Any]:
+    """Train a policy against the reward model in `reward_model_path`, going on from the newest checkpoint.
+
+    Prompts that the reward model was verified on are left out, prompts too long for the reward model's limit are cut
+    at turn boundaries, and both are counted.
+
+    Returns:
+        `steps`, `prompts` (counts by reason), `adapter`, `dtype` and the last logged metrics.
+
+    Raises:
+        ValueError: the reward model is missing, renders text differently, or leaves no room for a completion.
+    """
+    own = settings.own
+    reward_model, record = load_reward_model(own.reward_model_path)
+    renderer = check_rendering(record, tokenizer)
+    counts: Counter[str] = Counter()
+    groups = training_prompts(settings, renderer, record, prompts, counts)
+    config = build_model_config(settings, task_type="CAUSAL_LM")
+    args = rloo_args(settings, record)
+    kwargs = model_init_kwargs(config, args.model_init_kwargs, settings.trl.get("dtype"))
+    args.model_init_kwargs = kwargs
+    adapter, quantization = peft_and_quantization(config)
+    trainer = RLOOTrainer(
+        model=config.model_name_or_path,
+        reward_funcs=RewardModelScorer(
+            reward_model, batch_size=own.local_rollout_forward_batch_size, max_length=record["rendering"]["max_length"]
+        ),
+        args=args,
+        train_dataset=_prompt_dataset(groups),
+        processing_class=tokenizer,
+        quantization_config=quantization,
+        peft_config=adapter,
+    )
+    checkpoint = latest_checkpoint(Path(own.output_dir))
+    if trainer.accelerator.is_main_process and args.rollouts_dir:
+        discard_rollouts_from(Path(args.rollouts_dir), int(checkpoint.name[11:]) if checkpoint else 0)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(own.output_dir)
+    return {
+        "steps": trainer.state.global_step,
+        "episodes": trainer.state.global_step * _episodes_a_step(args, own),
+        "prompts": dict(counts),
+        "adapter": adapter is not None,
+        "dtype": kwargs["dtype"],
+        "last_metrics": _last_metrics(trainer.state.log_history),
+    }
+
+
+def _episodes_a_step(args: RLOOConfig, own: RLOOKnobs) -> float:
+    return args.generation_batch_size / (own.num_ppo_epochs * own.num_mini_batches)
+
+
+def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    names = ("reward", "objective", "kl_per_completion", "missing_eos", "entropy", "completions/mean_length", "loss")
+    logged = [row for row in history if "reward" in row]
+    return {name: logged[-1][name] for name in names if name in logged[-1]} if logged else {}
+
+
+def check_rendering(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """The reward model's rendering on the policy's tokenizer; refused if it makes other ids of the same text.
+
+    Raises:
+        ValueError: template, tokenizer, thinking mode or end of turn differ, with the ones that do.
+    """
+    stored = record["rendering"]
+    renderer = Renderer(tokenizer, thinking=record["thinking"])
+    current = renderer.fingerprint(stored["max_length"])
+    different = [name for name in stored if stored[name] != current.get(name)]
+    if different:
+        raise ValueError(
+            f"The reward model was trained with another rendering than the policy's: {', '.join(different)} differ. "
+            "Scores of text it would read differently mean nothing. Start the policy from the model family that the "
+            f"reward model was trained from ({record['base_model']}), or train a reward model for this policy."
+        )
+    return renderer
+
+
+def training_prompts(
+    settings: Settings[RLOOKnobs],
+    renderer: Renderer,
+    record: dict[str, Any],
+    prompts: list[PromptGroup],
+    counts: Counter[str],
+) -> list[TokenGroup]:
+    """The prompts to sample for: not held out by the reward model, and short enough for it with a completion."""
+    own = settings.own
+    limit = record["rendering"]["max_length"]
+    room = limit - own.response_length
+    if room < limit // MINIMUM_ROOM:
+        raise ValueError(
+            f"--response_length {own.response_length} leaves {max(room, 0)} tokens for the prompt: the reward model "
+            f"reads at most {limit} in all. Lower --response_length, or train the reward model with a larger --max_length."
+        )
+    path = Path(own.reward_model_path) / HELDOUT_PROMPTS
+    heldout = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+    allowed = [group for group in prompts if prompt_key(group.prompt) not in heldout]
+    counts["heldout_by_reward_model"] = len(prompts) - len(allowed)
+    groups = rollout_prompts(allowed, renderer, room, counts)
+    if not groups:
+        raise ValueError(f"No prompt is left to train on ({dict(counts)}); lower --response_length or use more data.")
+    return groups
+
+
+def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConfig:
+    """The flags of the published scripts as `RLOOConfig`: E completions in all, B a batch of rollouts."""
+    own = settings.own
+    per_device = int(settings.trl["per_device_train_batch_size"])
+    accumulation = int(settings.trl["gradient_accumulation_steps"])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return build_args(
+        RLOOConfig,
+        settings,
+        output_dir=own.output_dir,
+        max_steps=own.optimizer_steps(per_device, accumulation, processes),
+        num_generations=own.rloo_k,
+        num_iterations=own.num_ppo_epochs,
+        steps_per_generation=accumulation * own.num_mini_batches,
+        beta=own.kl_coef,
+        epsilon=own.cliprange,
+        max_completion_length=own.response_length,
+        chat_template_kwargs={"enable_thinking": record["thinking"]},
+        missing_eos_penalty=own.missing_eos_penalty,
+        rollout_forward_batch_size=own.local_rollout_forward_batch_size,
+        rollouts_dir=own.rollouts_dir or str(Path(own.output_dir) / "rollouts"),
+    )
+
+
+def _prompt_dataset(groups: list[TokenGroup]) -> Dataset:
+    return Dataset.from_list([{"prompt": [{"role": m.role, "content": m.content} for m in g.prompt]} for g in groups])
