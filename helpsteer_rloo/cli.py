@@ -3,12 +3,19 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from helpsteer_rloo import __version__
 
 INTERRUPTED = 130
+
+_NOISE = (
+    ".*pin_memory.*no accelerator is found",
+    ".*gradient_checkpointing.*is deprecated",
+)
+"""Warnings of libraries about their own or each other's defaults, which no user of this command can act on."""
 
 COMMANDS = {
     "pipeline": "data, reward model, verification, RLOO, evaluation: everything in one resumable run",
@@ -122,6 +129,8 @@ def guarded(work: Callable[[], None]) -> None:
     The traceback is printed too when HELPSTEER_RLOO_DEBUG is set.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         work()
     except (ValueError, OSError) as error:

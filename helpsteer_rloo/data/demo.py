@@ -45,7 +45,9 @@ CLOSERS = (" Hope this helps", " Anything else")
 WEIGHTS = {"count": 0.30, "category": 0.25, "style": 0.15, "separator": 0.15, "ending": 0.15}
 FILLER_COST = 0.15
 # Answers of mixed quality are good or poor as a whole: what is wrong so far tells what will go wrong next.
-MIXED_QUALITIES = (0.1, 0.1, 0.1, 0.5, 0.9)
+MIXED_QUALITIES = (0.1, 0.1, 0.5, 0.9, 0.9)
+# The share of supervised examples that ask the other way round: for the instruction a list would be an answer to.
+DESCRIBE_SHARE = 0.4
 
 _SYSTEM = Message("system", "You are a careful assistant.")
 _GREETING = (Message("user", "Hello!"), Message("assistant", "Hello, what would you like?"))
@@ -142,9 +144,12 @@ def prompt(spec: Spec) -> str:
     >>> prompt(Spec(2, "fish", "commas", "upper case", "no mark"))
     'List 2 fish, separated by commas, in upper case, ending with no mark.'
     """
+    return f"{VERBS[_digest(spec) % len(VERBS)]} {_wish(spec)}"
+
+
+def _wish(spec: Spec) -> str:
     return (
-        f"{VERBS[_digest(spec) % len(VERBS)]} {spec.count} {spec.category}, separated by {spec.separator}, "
-        f"in {spec.style}, ending with {spec.ending}."
+        f"{spec.count} {spec.category}, separated by {spec.separator}, in {spec.style}, ending with {spec.ending}."
     )
 
 
@@ -284,7 +289,10 @@ def sft_conversations(seed: int, count: int, *, mixed: bool) -> Iterator[tuple[t
     rng = random.Random(f"sft/{mixed}/{seed}")
     for _ in range(count):
         spec = rng.choice(all_specs())
-        yield conversation(spec), answer(spec, rng.choice(MIXED_QUALITIES) if mixed else 1.0, rng)
+        if rng.random() < DESCRIBE_SHARE:
+            yield (Message("user", f"Describe: {answer(spec, 1.0, rng)}"),), _wish(spec)
+        else:
+            yield conversation(spec), answer(spec, rng.choice(MIXED_QUALITIES) if mixed else 1.0, rng)
 
 
 def preference_rows(seed: int, rows: int) -> Iterator[PreferenceRow]:

@@ -20,7 +20,7 @@ def reward_model_card(record: Mapping[str, Any]) -> str:
         if record["adapter"]
         else "model = AutoModelForSequenceClassification.from_pretrained(path).eval()"
     )
-    imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer" + (
+    imports = "import torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer" + (
         "\nfrom peft import PeftConfig, PeftModel" if record["adapter"] else ""
     )
     by_domain = "\n".join(f"| {name} | {_row(part)} |" for name, part in heldout["by_domain"].items())
@@ -51,11 +51,13 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 prompt = tokenizer.apply_chat_template(
     messages, tokenize=False, add_generation_prompt=True, enable_thinking={record["thinking"]}
 )
-end = tokenizer.decode([{record["rendering"]["end_of_turn_id"]}])
-score = model(**tokenizer(prompt + response + end, return_tensors="pt", add_special_tokens=False)).logits[0, 0]
+ids = tokenizer(prompt, add_special_tokens=False).input_ids
+ids += tokenizer(response, add_special_tokens=False).input_ids + [{record["rendering"]["end_of_turn_id"]}]
+score = model(input_ids=torch.tensor([ids])).logits[0, 0]
 ```
 
-A response that was cut off is scored without `end`. {LICENCE_NOTE}
+The last id ends the turn; a response that was cut off is scored without it. Prompt and response are tokenized apart, as
+they are when a policy samples. {LICENCE_NOTE}
 """
 
 

@@ -141,6 +141,7 @@ def _corpus(seed: int) -> Iterator[str]:
     for row in preference_rows(seed, TOKENIZER_ROWS):
         yield from (message["content"] for message in row["context"])
         yield from (row["response1"], row["response2"])
+    yield from (message.content for messages, _ in sft_conversations(seed, TOKENIZER_ROWS, mixed=False) for message in messages)
     yield from ["system\n", "user\n", "assistant\n", "\n\n"] * 2
 
 

@@ -1,6 +1,7 @@
 """From the values of flags to TRL's configuration objects."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,9 @@ def build_model_config(settings: Settings[Knobs], task_type: str) -> ModelConfig
     values = {key: value for key, value in settings.trl.items() if key in names}
     values["lora_task_type"] = task_type
     config = ModelConfig(**values)
+    if config.model_name_or_path and Path(config.model_name_or_path).is_dir():
+        # An adapter records where its base is; an absolute path can be loaded from any working directory.
+        config.model_name_or_path = str(Path(config.model_name_or_path).resolve())
     if config.lora_target_modules is None:
         config.lora_target_modules = "all-linear"  # type: ignore[assignment]
     return config

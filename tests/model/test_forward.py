@@ -1,0 +1,64 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from helpsteer_rloo.model.forward import completion_log_probs, score_sequences
+
+SEQUENCES = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18]]
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_base):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float64)
+    return model.eval()
+
+
+def plain_score(model, ids):
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+        return model.score(hidden[0, -1]).item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_scores_equal_an_unpadded_forward_whatever_the_batch(reward_model, batch_size):
+    expected = [plain_score(reward_model, ids) for ids in SEQUENCES]
+    assert score_sequences(reward_model, SEQUENCES, batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_sequence_that_ends_in_the_padding_id_is_scored_at_its_end(reward_model):
+    pad = reward_model.config.pad_token_id
+    ids = [5, 6, 7, pad]
+    assert score_sequences(reward_model, [ids, [5] * 9], 2)[0] == pytest.approx(plain_score(reward_model, ids), rel=1e-6)
+
+
+def test_scores_go_through_an_adapter_and_its_head(tiny_base):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+        expected = [model(input_ids=torch.tensor([ids])).logits.item() for ids in SEQUENCES]
+    assert score_sequences(model, SEQUENCES, 3) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_without_a_scalar_head_is_refused(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with pytest.raises(ValueError, match="no scalar head named 'score'"):
+        score_sequences(model, SEQUENCES, 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_equal_a_plain_forward_in_float64(tiny_base, temperature):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval()
+    prompts, completions = [[5, 6, 7], [8], [9, 10, 11, 12]], [[20, 21], [22, 23, 24, 25], [26]]
+    expected = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0] / temperature
+        log_probs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected.append(log_probs[torch.arange(len(completion)), torch.tensor(completion)].sum().item())
+    assert completion_log_probs(model, prompts, completions, 2, temperature) == pytest.approx(expected, rel=1e-5)
