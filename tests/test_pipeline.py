@@ -1,0 +1,214 @@
+"""The whole pipeline through its commands, on rows of the demo world and a tiny random model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpsteer_rloo import cli
+from helpsteer_rloo.data.demo import write_rows
+from helpsteer_rloo.data.helpsteer3 import prompt_key
+from helpsteer_rloo.groups import Message
+from helpsteer_rloo.training.ledger import read_rollouts
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "--validation_fraction=0.2",
+    "--max_length=96",
+    "--evaluation_prompts=8",
+    "--reward_batch_size=32",
+    "--reward_epochs=1",
+    "--reward.gradient_accumulation_steps=1",
+    "--reward.learning_rate=1e-3",
+    "--reward.gradient_checkpointing=false",
+    "--reward.save_steps=2",
+    "--rloo_batch_size=8",
+    "--rloo.gradient_accumulation_steps=1",
+    "--rloo.learning_rate=1e-3",
+    "--rloo.gradient_checkpointing=false",
+    "--rloo.response_length=8",
+    "--total_episodes=16",
+    "--reward.disable_tqdm=true",
+    "--rloo.disable_tqdm=true",
+]
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path, 0, 260)
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(rows_file, tiny_base):
+    return [f"--dataset_name={rows_file}", f"--model_name_or_path={tiny_base}", *SMALL]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def finished(request, command, tmp_path_factory):
+    """A finished run: its directory and the arguments it was started with."""
+    directory = tmp_path_factory.mktemp("run")
+    arguments = [*command, f"--output_dir={directory}", "--allow_weak_reward_model"]
+    arguments += ["--use_peft"] if request.param else []
+    cli.run_pipeline(arguments)
+    return directory, arguments
+
+
+def test_the_summary_holds_everything(finished):
+    directory, arguments = finished
+    summary = json.loads((directory / "summary.json").read_text())
+    reward, policy = summary["reward_model"], summary["policy"]
+    assert 0 <= reward["interval"][0] <= reward["heldout_accuracy"] <= reward["interval"][1] <= 1
+    assert reward["heldout_pairs"] == summary["data"]["splits"]["validation"]["pairs"] > 20
+    assert policy["prompts"] == 8
+    assert policy["win_rate_interval"][0] <= policy["win_rate"] <= policy["win_rate_interval"][1]
+    assert {"reward_before", "reward_after", "kl", "eos_before", "eos_after", "length_after"} <= set(policy)
+    assert "gold_before" not in policy
+    stages = ["data", "reward_model", "verification", "rloo", "evaluation"]
+    assert list(summary["seconds"]) == stages
+    assert summary["provenance"]["trl"].startswith("1.16")
+    adapter = "--use_peft" in arguments
+    assert (directory / "reward_model" / "adapter_model.safetensors").exists() == adapter
+    assert (directory / "policy" / "model.safetensors").exists() != adapter
+    record = json.loads((directory / "reward_model" / "reward_model.json").read_text())
+    assert record["reload"]["max_difference"] <= 1e-5
+    assert len(record["sample_predictions"]) == 8
+    assert f"n = {reward['heldout_pairs']}" in (directory / "reward_model" / "README.md").read_text()
+
+
+def test_no_heldout_prompt_is_trained_on(finished, tokenizer):
+    directory, _ = finished
+    heldout = set((directory / "reward_model" / "heldout_prompts.txt").read_text().split())
+    samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    keys = {prompt_key(Message(**turn) for turn in sample["prompt"]) for sample in samples}
+    assert len(samples) == 8
+    assert keys <= heldout
+    judged = {tuple(tokenizer.decode(prompt_of(sample, tokenizer))) for sample in samples}
+    entries = read_rollouts(directory / "rollouts")
+    assert len(entries) == 16
+    assert not judged & {tuple(tokenizer.decode(entry.prompt_ids)) for entry in entries}
+
+
+def prompt_of(sample, tokenizer):
+    text = tokenizer.apply_chat_template(
+        sample["prompt"], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_second_run_does_nothing_again_and_needs_no_torch(finished):
+    directory, arguments = finished
+    before = {path: path.stat().st_mtime_ns for path in (directory / "stages").iterdir()}
+    code = "import sys; from helpsteer_rloo.cli import run_pipeline; run_pipeline(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Stage" not in done.stdout
+    assert "held-out accuracy" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (directory / "stages").iterdir()}
+
+
+def test_scoring_options_change_nothing_but_training_options_invalidate(finished, capsys):
+    directory, arguments = finished
+    cli.run_pipeline([*arguments, "--rloo.logging_steps=3", "--reward.save_total_limit=5"])
+    assert "Stage" not in capsys.readouterr().out
+    cli.run_pipeline([*arguments, "--rloo.kl_coef=0.3"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "kl_coef 0.05 -> 0.3. These stages run again: rloo, evaluation." in out
+    assert "Stage reward_model" not in out
+    assert (directory / "policy.previous" / "policy.json").exists()
+
+
+def test_only_the_reward_model_then_only_rloo(command, tmp_path, capsys):
+    model = tmp_path / "model"
+    arguments = [*command, f"--output_dir={tmp_path / 'run'}", f"--reward_model_dir={model}", "--allow_weak_reward_model"]
+    cli.run_pipeline([*arguments, "--reward_model_only"])
+    assert not (tmp_path / "run" / "policy").exists()
+    assert "Stage verification" in capsys.readouterr().out
+    cli.run_pipeline([*arguments, "--rloo_only"])
+    out = capsys.readouterr().out
+    assert "Stage rloo" in out
+    assert "Stage reward_model" not in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["policy"]["prompts"] == 8
+
+
+def test_a_reward_model_no_better_than_chance_stops_the_run(tiny_base, rows_file, tmp_path, capsys):
+    lines = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    for number, row in enumerate(lines):
+        row["overall_preference"] = 2 if number % 2 else -2
+    noise = tmp_path / "noise.jsonl"
+    noise.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    arguments = [f"--dataset_name={noise}", f"--model_name_or_path={tiny_base}", *SMALL, f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_pipeline(arguments)
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "not significantly better than chance" in error
+    assert "--allow_weak_reward_model goes on" in error
+    assert not (tmp_path / "run" / "policy").exists()
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint(command, tmp_path, capsys, monkeypatch):
+    import trl
+
+    arguments = [*command, f"--output_dir={tmp_path}", "--reward_model_only", "--allow_weak_reward_model"]
+    step = trl.RewardTrainer.training_step
+    steps = []
+
+    def dies_at_step_3(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl.RewardTrainer, "training_step", dies_at_step_3)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_pipeline(arguments)
+    assert stopped.value.code == 130
+    assert "Give the same command again" in capsys.readouterr().err
+    cli.run_pipeline(arguments)
+    assert "Stage reward_model goes on." in capsys.readouterr().out
+    assert steps[:6] == [0, 1, 2, 3, 2, 3]  # the checkpoint of step 2 is where it goes on
+
+
+def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
+    data = [argument for argument in command if argument.startswith(("--dataset", "--model", "--valid", "--max_l"))]
+    model, policy = tmp_path / "rm", tmp_path / "policy"
+    common = ["--gradient_checkpointing=false", "--disable_tqdm=true", "--gradient_accumulation_steps=1", "--use_peft"]
+    cli.train_reward_model([*data, *common, f"--output_dir={model}", "--per_device_train_batch_size=32", "--num_train_epochs=1"])
+    rloo = [f"--reward_model_path={model}", f"--output_dir={policy}", "--total_episodes=16", "--response_length=8"]
+    cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8"])
+    assert json.loads((policy / "policy.json").read_text())["training"]["episodes"] == 16
+    assert len(read_rollouts(policy / "rollouts")) == 16
+    assert (tmp_path / "rm.run" / "data.json").exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8", "--response_length=90"])
+    assert "--response_length 90 leaves 6 tokens for the prompt" in capsys.readouterr().err
+
+
+def test_without_a_hub_the_default_run_says_what_is_missing_and_how_to_go_on(tmp_path):
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_pipeline.py")],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Could not fetch the data set 'nvidia/HelpSteer3'" in done.stderr
+    assert "--dataset_name PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reward_model_of_another_rendering_is_refused(finished, command, tmp_path, capsys):
+    directory, _ = finished
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(directory / "reward_model"), str(model)], check=True)
+    record = json.loads((model / "reward_model.json").read_text())
+    record["rendering"]["chat_template"] = "another"
+    (model / "reward_model.json").write_text(json.dumps(record))
+    data = [argument for argument in command if argument.startswith(("--dataset", "--model", "--valid", "--max_l"))]
+    with pytest.raises(SystemExit):
+        cli.train_policy([*data, f"--reward_model_path={model}", f"--output_dir={tmp_path / 'p'}", "--response_length=8"])
+    assert "chat_template differ" in capsys.readouterr().err
