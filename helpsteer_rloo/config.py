@@ -45,7 +45,9 @@ class DataKnobs:
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
-        _require(self.html_entities in ("prompt", "all", "none"), "html_entities", self.html_entities, "prompt, all, none")
+        _require(
+            self.html_entities in ("prompt", "all", "none"), "html_entities", self.html_entities, "prompt, all, none"
+        )
         _require(self.overlong in ("cut", "drop"), "overlong", self.overlong, "cut or drop")
         _require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
         _require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
@@ -79,7 +81,9 @@ class RLOOKnobs(DataKnobs):
     def __post_init__(self) -> None:
         """Check values that no type can check."""
         super().__post_init__()
-        _require(self.rloo_k >= 2, "rloo_k", self.rloo_k, "at least 2: the baseline of a sample is the mean of the others")
+        _require(
+            self.rloo_k >= 2, "rloo_k", self.rloo_k, "at least 2: the baseline of a sample is the mean of the others"
+        )
         for name in ("total_episodes", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
@@ -254,7 +258,7 @@ RLOO = CommandSpec(
     },
     refused={
         "steps_per_generation": "it follows from --num_mini_batches.",
-        "generation_batch_size": "it follows from the batch size, --gradient_accumulation_steps and --num_mini_batches.",
+        "generation_batch_size": "it follows from batch size, accumulation and --num_mini_batches.",
         "max_steps": "it follows from --total_episodes.",
         "num_train_epochs": "the length of the run is --total_episodes.",
         "chat_template_kwargs": "the rendering is the reward model's; --thinking of reward training decides.",
@@ -369,7 +373,9 @@ def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, FlagValue]:
 
 def _parser(command: CommandSpec[Any]) -> FlagParser:
     parser = FlagParser(command.program, command.description, command.flags(), command.explain_unknown)
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins.")
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins."
+    )
     return parser
 
 

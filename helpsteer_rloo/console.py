@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_CONSOLE = Console(soft_wrap=False)
+_CONSOLE = Console()
 WIDTH_OF_PROMPT = 48
 
 
 def say(message: str) -> None:
     """Print one line of progress, on the main process only."""
     if os.environ.get("RANK", "0") == "0":
-        _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}")
+        _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 def show(table: Table) -> None:
@@ -87,15 +87,22 @@ def results_table(summary: Mapping[str, Any]) -> Table:
         label = f"reward model: held-out accuracy ({reward['heldout_pairs']} pairs)"
         table.add_row(label, f"{reward['heldout_accuracy']:.3f}", _interval(reward["interval"]))
     if policy:
-        table.add_row(f"policy: win rate ({policy['prompts']} held-out prompts)", f"{policy['win_rate']:.3f}",
-                      _interval(policy["win_rate_interval"]))
+        table.add_row(
+            f"policy: win rate ({policy['prompts']} held-out prompts)",
+            f"{policy['win_rate']:.3f}",
+            _interval(policy["win_rate_interval"]),
+        )
         for name, key in (("reward", "reward"), ("gold quality", "gold")):
             if f"{key}_before" in policy:
                 value = f"{policy[f'{key}_before']:.3f} -> {policy[f'{key}_after']:.3f}"
                 table.add_row(f"policy: {name}", value, "change " + _interval(policy[f"{key}_change"]["interval"]))
-        table.add_row("policy: KL from the start (nats a completion)", f"{policy['kl']:.2f}", _interval(policy["kl_interval"]))
+        table.add_row(
+            "policy: KL from the start (nats a completion)", f"{policy['kl']:.2f}", _interval(policy["kl_interval"])
+        )
         table.add_row("policy: share ending by itself", f"{policy['eos_before']:.3f} -> {policy['eos_after']:.3f}", "")
-        table.add_row("policy: tokens a completion", f"{policy['length_before']:.1f} -> {policy['length_after']:.1f}", "")
+        table.add_row(
+            "policy: tokens a completion", f"{policy['length_before']:.1f} -> {policy['length_after']:.1f}", ""
+        )
     for stage, seconds in summary["seconds"].items():
         table.add_row(f"seconds: {stage}", f"{seconds:.1f}", "")
     return table

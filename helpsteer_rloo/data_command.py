@@ -1,17 +1,20 @@
 """`helpsteer-rloo data`: what a data set holds, what becomes of every row, and which response each pair prefers."""
 
 import dataclasses
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from helpsteer_rloo.config import CommandSpec, DataKnobs, Settings, parse_command
 from helpsteer_rloo.console import data_table, say, show
 from helpsteer_rloo.run_dir import RunDir, write_json
+
+if TYPE_CHECKING:
+    from helpsteer_rloo.data.helpsteer3 import Corpus
+
+TEXT_WIDTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +51,27 @@ def run_data(settings: Settings[DataCommandKnobs]) -> None:
     knobs = DataKnobs(**{f.name: getattr(own, f.name) for f in dataclasses.fields(DataKnobs)})
     prepared = prepare(knobs, renderer, allow_empty_split=True)
     show(data_table(prepared.report))
-    show(_pairs_table(prepared.corpus, own.show))
+    for line in _described_pairs(prepared.corpus, own.show):
+        say(line)
     if own.output_dir:
         path = RunDir(Path(own.output_dir)).data_report
         write_json(path, prepared.report)
         say(f"Written to {path}")
 
 
-def _pairs_table(corpus: Any, count: int) -> Table:
-    table = Table(title="Some pairs", title_justify="left")
-    for name in ("row", "split", "domain", "language", "strength", "prompt", "chosen", "rejected"):
-        table.add_column(name)
-    pairs = [(s, g, p) for s, groups in corpus.groups.items() for g in groups for p in g.preferences]
-    for split, group, preference in pairs[:count]:
-        texts = [group.prompt[-1].content, *(group.continuations[i].text for i in (preference.chosen, preference.rejected))]
-        labels = (str(preference.row), split, preference.domain, preference.language, str(preference.strength))
-        table.add_row(*map(escape, labels), *(escape(" ".join(text.split())[:60]) for text in texts))
-    return table
+def _described_pairs(corpus: "Corpus", count: int) -> Iterator[str]:
+    pairs = [(split, g, p) for split, groups in corpus.groups.items() for g in groups for p in g.preferences]
+    for split, group, preference in sorted(pairs, key=lambda pair: pair[2].row)[:count]:
+        labels = f"{split}, {preference.domain}, {preference.language}, strength {preference.strength}"
+        prompt, *texts = (
+            textwrap.shorten(text, TEXT_WIDTH, placeholder=" …")
+            for text in (
+                group.prompt[-1].content,
+                group.continuations[preference.chosen].text,
+                group.continuations[preference.rejected].text,
+            )
+        )
+        yield (
+            f"row {preference.row} ({labels}) prefers response {preference.chosen_response}\n"
+            f"    prompt:   {prompt}\n    chosen:   {texts[0]}\n    rejected: {texts[1]}"
+        )

@@ -119,7 +119,9 @@ def own_flags(knobs: type) -> list[Flag]:
 
 
 def _annotation(annotation: object) -> str:
-    return annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    return (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
 
 
 def trl_flags(*class_names: str) -> list[Flag]:
@@ -210,7 +212,7 @@ def _underscored(token: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _add_flag(section: argparse._ArgumentGroup, flag: Flag) -> None:
+def _add_flag(section: Any, flag: Flag) -> None:
     options: dict[str, Any] = {"type": flag.converter(), "default": argparse.SUPPRESS, "metavar": flag.annotation}
     if flag.is_list():
         options["nargs"] = "+"

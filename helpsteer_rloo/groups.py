@@ -52,7 +52,8 @@ class Preference:
     """One label: continuation `chosen` of the group was preferred to continuation `rejected`.
 
     `strength` is 1 (slightly), 2 (better) or 3 (much better); `row` is the 0-based index of the labelled row in the
-    data set, so that a number can be traced to its source; `domain` and `language` are that row's.
+    data set, so that a number can be traced to its source; `domain` and `language` are that row's, and
+    `chosen_response` says which of its responses, 1 or 2, is the chosen one.
 
     >>> Preference(chosen=0, rejected=1, strength=2, row=17, domain="general", language="english").strength
     2
@@ -64,6 +65,7 @@ class Preference:
     row: int
     domain: str
     language: str
+    chosen_response: int = 1
 
 
 @dataclass(frozen=True, slots=True)

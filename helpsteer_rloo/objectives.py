@@ -28,6 +28,25 @@ def leave_one_out(rewards_PN: Tensor) -> Tensor:
     return (rewards_PN - baseline_PN).where(has_baseline(rewards_PN), 0.0)
 
 
+def rloo_advantages(rewards_PN: Tensor, *, normalize: bool = False) -> Tensor:
+    """Leave-one-out advantages `[P, N]`; a single sample a prompt has no baseline and gets 0.
+
+    Args:
+        rewards_PN: Rewards `[P, N]`, NaN where one is missing.
+        normalize: Subtract the batch's mean advantage and divide by its standard deviation plus 1e-4, over the samples
+            that have an advantage, as TRL's `normalize_advantages` does.
+    """
+    if rewards_PN.shape[1] == 1:
+        return torch.zeros_like(rewards_PN)
+    advantages_PN = leave_one_out(rewards_PN)
+    if not normalize:
+        return advantages_PN
+    counted_PN = has_baseline(rewards_PN)
+    values = advantages_PN[counted_PN]
+    deviation = values.std() if len(values) > 1 else values.new_zeros(())
+    return ((advantages_PN - values.mean()) / (deviation + 1e-4)).where(counted_PN, 0.0)
+
+
 def has_baseline(rewards_PN: Tensor) -> Tensor:
     """Which samples have a reward and at least one sibling with one, and so an advantage; booleans `[P, N]`."""
     present_PN = ~rewards_PN.isnan()

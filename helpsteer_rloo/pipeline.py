@@ -113,7 +113,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
         if not _is_main():
             return {}
         difference = check_reload(directory, probes, scores, training["dtype"])
-        say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (largest difference {difference:.2g}).")
+        say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
         record = _reward_record(settings, context, training, {"sequences": len(probes), "max_difference": difference})
         write_text(directory / HELDOUT_PROMPTS, "".join(key + "\n" for key in prepared.heldout_prompts))
         write_json(directory / REWARD_MODEL_RECORD, record)
@@ -139,7 +139,11 @@ def _reward_record(
         "dtype": training["dtype"],
         "thinking": settings.own.thinking,
         "rendering": context.renderer.fingerprint(settings.own.max_length),
-        "data": {"source": report["source"], "fingerprint": report["fingerprint"], "pairs": report["splits"]["train"]["pairs"]},
+        "data": {
+            "source": report["source"],
+            "fingerprint": report["fingerprint"],
+            "pairs": report["splits"]["train"]["pairs"],
+        },
         "settings": settings.describe(),
         "training": {name: training[name] for name in ("steps", "train_loss")},
         "reload": dict(reload),
@@ -234,9 +238,7 @@ def evaluation_stage(
             seed=own.seed,
         )
         pair = PolicyPair(context.model, Path(settings.own.output_dir), record["adapter"], record["dtype"])
-        result, samples = evaluate_policy(
-            pair, settings.own.reward_model_path, context.tokenizer, groups, knobs, gold
-        )
+        result, samples = evaluate_policy(pair, settings.own.reward_model_path, context.tokenizer, groups, knobs, gold)
         write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
         return result
 
@@ -271,7 +273,9 @@ def _digest(directory: Path) -> str | None:
 def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     """`reward_model_training.py`: data, reward model, verification; the record is kept beside the model."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
-    run_stages(run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say)
+    run_stages(
+        run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say
+    )
     say(f"The reward model is in {settings.own.output_dir}.")
     say(f"Next: python rloo_helpsteer_training.py --reward_model_path {settings.own.output_dir}")
 
@@ -349,8 +353,9 @@ def _refuse_weak_reward_model(settings: PipelineSettings) -> None:
         return
     low, high = heldout["interval"]
     message = (
-        f"The reward model is not significantly better than chance: held-out accuracy {heldout['heldout_accuracy']:.3f}, "
-        f"95 % interval {low:.3f} to {high:.3f}, on {heldout['heldout_pairs']} pairs. "
+        "The reward model is not significantly better than chance: held-out accuracy "
+        f"{heldout['heldout_accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}, "
+        f"on {heldout['heldout_pairs']} pairs. "
     )
     if settings.own.allow_weak_reward_model:
         say(message + "Going on, as --allow_weak_reward_model says.")

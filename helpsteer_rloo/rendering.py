@@ -45,7 +45,9 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.thinking = thinking
-        self.template_kwargs = {"enable_thinking": thinking} if template_kwargs is None else dict(template_kwargs)
+        self.template_kwargs: dict[str, Any] = (
+            {"enable_thinking": thinking} if template_kwargs is None else dict(template_kwargs)
+        )
         controls = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -132,7 +134,9 @@ class Renderer:
     def _split_controls(self, text: str, sentinel: str) -> str:
         """Put the sentinel behind the first character of every spelled-out control token."""
         starts = [match.start() for match in self._control.finditer(text)]
-        pieces = [text[a:b] for a, b in zip([0, *(s + 1 for s in starts)], [*(s + 1 for s in starts), None], strict=True)]
+        pieces = [
+            text[a:b] for a, b in zip([0, *(s + 1 for s in starts)], [*(s + 1 for s in starts), None], strict=True)
+        ]
         return sentinel.join(pieces)
 
     def _encode(self, pieces: Sequence[str]) -> list[int]:

@@ -103,7 +103,9 @@ def test_a_second_run_does_nothing_again_and_needs_no_torch(finished):
     directory, arguments = finished
     before = {path: path.stat().st_mtime_ns for path in (directory / "stages").iterdir()}
     code = "import sys; from helpsteer_rloo.cli import run_pipeline; run_pipeline(); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Stage" not in done.stdout
     assert "held-out accuracy" in done.stdout
@@ -123,7 +125,12 @@ def test_scoring_options_change_nothing_but_training_options_invalidate(finished
 
 def test_only_the_reward_model_then_only_rloo(command, tmp_path, capsys):
     model = tmp_path / "model"
-    arguments = [*command, f"--output_dir={tmp_path / 'run'}", f"--reward_model_dir={model}", "--allow_weak_reward_model"]
+    arguments = [
+        *command,
+        f"--output_dir={tmp_path / 'run'}",
+        f"--reward_model_dir={model}",
+        "--allow_weak_reward_model",
+    ]
     cli.run_pipeline([*arguments, "--reward_model_only"])
     assert not (tmp_path / "run" / "policy").exists()
     assert "Stage verification" in capsys.readouterr().out
@@ -140,7 +147,12 @@ def test_a_reward_model_no_better_than_chance_stops_the_run(tiny_base, rows_file
         row["overall_preference"] = 2 if number % 2 else -2
     noise = tmp_path / "noise.jsonl"
     noise.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    arguments = [f"--dataset_name={noise}", f"--model_name_or_path={tiny_base}", *SMALL, f"--output_dir={tmp_path / 'run'}"]
+    arguments = [
+        f"--dataset_name={noise}",
+        f"--model_name_or_path={tiny_base}",
+        *SMALL,
+        f"--output_dir={tmp_path / 'run'}",
+    ]
     with pytest.raises(SystemExit) as stopped:
         cli.run_pipeline(arguments)
     assert stopped.value.code == 1
@@ -177,7 +189,9 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     data = [argument for argument in command if argument.startswith(("--dataset", "--model", "--valid", "--max_l"))]
     model, policy = tmp_path / "rm", tmp_path / "policy"
     common = ["--gradient_checkpointing=false", "--disable_tqdm=true", "--gradient_accumulation_steps=1", "--use_peft"]
-    cli.train_reward_model([*data, *common, f"--output_dir={model}", "--per_device_train_batch_size=32", "--num_train_epochs=1"])
+    cli.train_reward_model(
+        [*data, *common, f"--output_dir={model}", "--per_device_train_batch_size=32", "--num_train_epochs=1"]
+    )
     rloo = [f"--reward_model_path={model}", f"--output_dir={policy}", "--total_episodes=16", "--response_length=8"]
     cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8"])
     assert json.loads((policy / "policy.json").read_text())["training"]["episodes"] == 16
@@ -210,5 +224,7 @@ def test_a_reward_model_of_another_rendering_is_refused(finished, command, tmp_p
     (model / "reward_model.json").write_text(json.dumps(record))
     data = [argument for argument in command if argument.startswith(("--dataset", "--model", "--valid", "--max_l"))]
     with pytest.raises(SystemExit):
-        cli.train_policy([*data, f"--reward_model_path={model}", f"--output_dir={tmp_path / 'p'}", "--response_length=8"])
+        cli.train_policy(
+            [*data, f"--reward_model_path={model}", f"--output_dir={tmp_path / 'p'}", "--response_length=8"]
+        )
     assert "chat_template differ" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Preferences as rows: where they come from, what becomes of them, and the demo's own."""

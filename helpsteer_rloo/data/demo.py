@@ -84,7 +84,7 @@ class AnnotatorScore(TypedDict):
 
 
 class PreferenceRow(TypedDict):
-    """A row of the HelpSteer3 `preference` schema. **A negative `overall_preference` means response 1 is better.**"""
+    """A row of the HelpSteer3 `preference` schema; a negative `overall_preference` means that response 1 is better."""
 
     domain: str
     language: str
@@ -148,9 +148,7 @@ def prompt(spec: Spec) -> str:
 
 
 def _wish(spec: Spec) -> str:
-    return (
-        f"{spec.count} {spec.category}, separated by {spec.separator}, in {spec.style}, ending with {spec.ending}."
-    )
+    return f"{spec.count} {spec.category}, separated by {spec.separator}, in {spec.style}, ending with {spec.ending}."
 
 
 @cache

@@ -215,10 +215,9 @@ def unusable(row: Row) -> str | None:
     return None
 
 
-def chosen_and_rejected(row: Row) -> tuple[str, str]:
-    """The better and the worse response: negative `overall_preference` means that response 1 is better."""
-    first, second = row.responses
-    return (first, second) if row.overall_preference < 0 else (second, first)
+def chosen_response(row: Row) -> int:
+    """Which response is the better one, 1 or 2: negative `overall_preference` means that response 1 is."""
+    return 1 if row.overall_preference < 0 else 2
 
 
 def split_and_group(rows: Iterable[Row], validation_fraction: float, counts: Counts) -> dict[Split, list[PromptGroup]]:
@@ -247,9 +246,11 @@ def group_rows(rows: list[Row]) -> PromptGroup:
     index: dict[str, int] = {}
     preferences = []
     for row in rows:
-        chosen, rejected = (index.setdefault(text, len(index)) for text in chosen_and_rejected(row))
+        better = chosen_response(row)
+        first, second = (index.setdefault(text, len(index)) for text in row.responses)
+        chosen, rejected = (first, second) if better == 1 else (second, first)
         strength = abs(row.overall_preference)
-        preferences.append(Preference(chosen, rejected, strength, row.index, row.domain, row.language))
+        preferences.append(Preference(chosen, rejected, strength, row.index, row.domain, row.language, better))
     return PromptGroup(rows[0].context, tuple(Continuation(text) for text in index), tuple(preferences))
 
 

@@ -125,8 +125,8 @@ def read_rows(file: RowFile) -> Iterator[RawRow]:
 
 
 def _read_lines(file: RowFile) -> Iterator[RawRow]:
-    opened = gzip.open(file.path, "rb") if file.path.name.endswith(".gz") else file.path.open("rb")
-    with opened as stream:
+    open_file = gzip.open if file.path.name.endswith(".gz") else open
+    with open_file(file.path, "rb") as stream:
         for line, raw in enumerate(stream, start=1):
             if raw.strip():
                 yield RawRow(file, line, _parse(file, line, raw))

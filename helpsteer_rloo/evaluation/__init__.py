@@ -1,0 +1,1 @@
+"""Judging reward models and policies."""

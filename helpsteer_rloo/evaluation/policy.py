@@ -1,6 +1,6 @@
-"""Judging a policy: answers of the untrained and the trained model to the same held-out prompts, with the same seeds."""
+"""Judging a policy: answers of the untrained and the trained model to the same held-out prompts, same seeds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def evaluate_policy(
 
 
 @contextmanager
-def _loaded(pair: PolicyPair, *, trained: bool) -> Iterator[Model]:
+def _loaded(pair: PolicyPair, *, trained: bool) -> Generator[Model]:
     """One of the two policies, in memory for as long as the context lasts."""
     dtype = getattr(torch, pair.dtype)
     if pair.adapter:
@@ -151,9 +151,7 @@ def _gold_values(groups: Sequence[TokenGroup], answers: Answers, gold: Gold) -> 
     ]
 
 
-def _samples(
-    groups: Sequence[TokenGroup], before: Answers, after: Answers, gold: Gold | None
-) -> list[dict[str, Any]]:
+def _samples(groups: Sequence[TokenGroup], before: Answers, after: Answers, gold: Gold | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"prompt": [{"role": m.role, "content": m.content} for m in group.prompt]} for group in groups
     ]

@@ -13,7 +13,9 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 """Largest difference, in score units, that the arithmetic of each type can explain."""
 
 
-def check_reload(directory: str | Path, sequences: Sequence[Sequence[int]], expected: Sequence[float], dtype: str) -> float:
+def check_reload(
+    directory: str | Path, sequences: Sequence[Sequence[int]], expected: Sequence[float], dtype: str
+) -> float:
     """Score `sequences` with the saved model in a fresh process and compare with the trained model's scores.
 
     Returns:

@@ -18,7 +18,7 @@ def main(directory: str, ids_file: str, dtype: str) -> None:
 
     kind = getattr(torch, dtype)
     if (Path(directory) / "adapter_config.json").exists():
-        base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+        base = str(PeftConfig.from_pretrained(directory).base_model_name_or_path)
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=kind)
         model = PeftModel.from_pretrained(model, directory)
     else:

@@ -1,0 +1,1 @@
+"""Models: loading, scores and log-probabilities, sampling."""

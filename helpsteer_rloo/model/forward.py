@@ -5,6 +5,7 @@ id, so a sequence that ends in that id is scored where it ends.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -64,7 +65,7 @@ def completion_log_probs(
 
     Only the completions' positions go through the vocabulary head.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
     sequences = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     sums = [0.0] * len(sequences)

@@ -2,10 +2,11 @@
 
 import gc
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -98,14 +99,14 @@ def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
     dtype = getattr(torch, record["dtype"])
     try:
         if record["adapter"]:
-            base = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+            base = str(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path)
             model: Model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
             model = PeftModel.from_pretrained(model, str(directory))
         else:
             model = AutoModelForSequenceClassification.from_pretrained(str(directory), num_labels=1, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("reward model", str(directory), error)) from None
-    return model.to(accelerator()).eval(), record
+    return _ready(model), record
 
 
 def load_policy(name: str | Path, dtype: torch.dtype, adapter: str | Path | None = None) -> Model:
@@ -120,14 +121,18 @@ def load_policy(name: str | Path, dtype: torch.dtype, adapter: str | Path | None
             model = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("model", str(name), error)) from None
-    return model.to(accelerator()).eval()
+    return _ready(model)
+
+
+def _ready(model: Model) -> Model:
+    return cast(Model, cast(nn.Module, model).to(accelerator()).eval())
 
 
 def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: those of the generation configuration, and the tokenizer's."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [declared] if isinstance(declared, int) else list(declared or [])
-    own = tokenizer.eos_token_id
+    own = cast(int, tokenizer.eos_token_id)
     return ids if own in ids else [own, *ids]
 
 

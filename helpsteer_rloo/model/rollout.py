@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -59,7 +60,7 @@ def sample(
             torch.manual_seed(seed * 1_000_003 + number)
             chunk = prompts[start : start + batch_size]
             ids, mask = _pad_left(chunk, sampling.end_ids[0], model.device)
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
             completions += [_cut_at_end(row, sampling.end_ids) for row in output[:, ids.shape[1] :].tolist()]
     return completions
 

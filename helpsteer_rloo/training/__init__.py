@@ -1,0 +1,1 @@
+"""Training on TRL's trainers; the only part of the package that imports TRL."""

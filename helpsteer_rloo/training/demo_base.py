@@ -9,16 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpsteer_rloo.data.demo import DemoBaseSettings, preference_rows, sft_conversations
-from helpsteer_rloo.groups import Message
+from helpsteer_rloo.rendering import Renderer
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # The added tokens of Qwen3's tokenizer_config.json in the order of their ids: those marked special, then the others.
@@ -46,7 +47,7 @@ def build_base(output_dir: Path, settings: DemoBaseSettings, seed: int) -> None:
     tokenizer.save_pretrained(output_dir)
 
 
-def build_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerBase:
+def build_tokenizer(vocab_size: int, seed: int) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer with Qwen3's normaliser, pre-tokeniser, added tokens and chat template.
 
     All 256 byte symbols are in the vocabulary, so any text encodes and decodes. `vocab_size` counts the added tokens
@@ -57,17 +58,18 @@ def build_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerBase:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=learned, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(_corpus(seed), trainer)
-    model = json.loads(learner.to_str())["model"]
+    model: dict[str, Any] = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        unk_token=None,
+        merges=merges,
         eos_token=END,
         pad_token=PAD,
         model_max_length=131072,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ORDINARY_TOKENS])
+    for token in ORDINARY_TOKENS:
+        tokenizer.add_tokens(AddedToken(token, normalized=False, special=False))
     tokenizer.chat_template = chat_template()
     return tokenizer
 
@@ -77,11 +79,12 @@ def chat_template() -> str:
     return resources.files("trl").joinpath("chat_templates", "qwen3.jinja").read_text(encoding="utf-8")
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, settings: DemoBaseSettings) -> Qwen3ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer, settings: DemoBaseSettings) -> Qwen3ForCausalLM:
     """An untrained fp32 Qwen3 of the given shape, which pads and ends as `tokenizer` does."""
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    vocab = tokenizer.get_vocab()
+    pad, end = vocab[PAD], vocab[END]
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(vocab),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.layers,
@@ -100,11 +103,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, settings: DemoBaseSettings) 
     return model
 
 
-def train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: DemoBaseSettings, seed: int
-) -> None:
+def train(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, settings: DemoBaseSettings, seed: int) -> None:
     """Supervised training in place: faultless answers first, then answers of mixed quality."""
-    batch = settings.batch_size
+    batch, renderer = settings.batch_size, Renderer(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             output_dir=scratch,
@@ -123,13 +124,12 @@ def train(
             report_to="none",
             save_strategy="no",
             logging_steps=40,
-            disable_tqdm=bool(__import__("os").environ.get("QUIET")),
             seed=seed,
         )
         examples = [
             example
             for steps, mixed in ((settings.clean_steps, False), (settings.mixed_steps, True))
-            for example in _examples(tokenizer, seed, steps * batch, mixed=mixed)
+            for example in _examples(renderer, seed, steps * batch, mixed=mixed)
         ]
         dataset = Dataset.from_list(examples)
         SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()
@@ -141,22 +141,15 @@ def _corpus(seed: int) -> Iterator[str]:
     for row in preference_rows(seed, TOKENIZER_ROWS):
         yield from (message["content"] for message in row["context"])
         yield from (row["response1"], row["response2"])
-    yield from (message.content for messages, _ in sft_conversations(seed, TOKENIZER_ROWS, mixed=False) for message in messages)
+    for messages, response in sft_conversations(seed, TOKENIZER_ROWS, mixed=False):
+        yield from (*(message.content for message in messages), response)
     yield from ["system\n", "user\n", "assistant\n", "\n\n"] * 2
 
 
-def _examples(
-    tokenizer: PreTrainedTokenizerBase, seed: int, count: int, *, mixed: bool
-) -> Iterator[dict[str, list[int]]]:
-    """Token ids with a mask of the answer: the prompt as rendered for sampling, then response and end of turn."""
+def _examples(renderer: Renderer, seed: int, count: int, *, mixed: bool) -> Iterator[dict[str, list[int]]]:
+    """Token ids with a mask of the answer: the prompt as rendered for sampling, then the response and end of turn."""
     for messages, response in sft_conversations(seed, count, mixed=mixed):
-        prompt_ids = _prompt_ids(tokenizer, messages)
-        answer_ids = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+        prompt_ids = renderer.prompt_ids(messages)
+        answer_ids = renderer.continuation_ids(response, ended=True)
         mask = [0] * len(prompt_ids) + [1] * len(answer_ids)
-        yield {"input_ids": prompt_ids + answer_ids, "completion_mask": mask}
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...]) -> list[int]:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+        yield {"input_ids": [*prompt_ids, *answer_ids], "completion_mask": mask}

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def train_policy(
 
 
 def _episodes_a_step(args: RLOOConfig, own: RLOOKnobs) -> float:
-    return args.generation_batch_size / (own.num_ppo_epochs * own.num_mini_batches)
+    return cast(int, args.generation_batch_size) / (own.num_ppo_epochs * own.num_mini_batches)
 
 
 def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
@@ -119,7 +119,7 @@ def training_prompts(
     if room < limit // MINIMUM_ROOM:
         raise ValueError(
             f"--response_length {own.response_length} leaves {max(room, 0)} tokens for the prompt: the reward model "
-            f"reads at most {limit} in all. Lower --response_length, or train the reward model with a larger --max_length."
+            f"reads at most {limit} in all. Lower --response_length, or train the reward model with more --max_length."
         )
     path = Path(own.reward_model_path) / HELDOUT_PROMPTS
     heldout = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()

@@ -57,7 +57,7 @@ class RewardTrainer(trl.RewardTrainer):
         self, dataset: Dataset | IterableDataset, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset) and len(prepared) < len(dataset):
+        if isinstance(dataset, Dataset) and isinstance(prepared, Dataset) and len(prepared) < len(dataset):
             warnings.warn(
                 f"{len(dataset) - len(prepared)} of {len(dataset)} pairs of the {dataset_name} data set are longer "
                 f"than max_length={args.max_length} and were dropped.",

@@ -5,18 +5,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from accelerate.utils import gather, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
 
 from helpsteer_rloo.groups import Message
-from helpsteer_rloo.objectives import has_baseline, kl_k1, leave_one_out, penalized_rewards
+from helpsteer_rloo.objectives import kl_k1, penalized_rewards, rloo_advantages
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
 from helpsteer_rloo.training.scorer import RewardModelScorer
@@ -73,9 +73,11 @@ class RLOOTrainer(trl.RLOOTrainer):
     path, with one warning.
     """
 
-    def __init__(self, model: Any, reward_funcs: Any, args: trl.RLOOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any, args: trl.RLOOConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
         """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this module's."""
-        super().__init__(model, list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs, args, **kwargs)
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
         ours = self.args if isinstance(self.args, RLOOConfig) else None
         self.missing_eos_penalty = ours.missing_eos_penalty if ours else 0.0
         self.forward_batch_size = ours.rollout_forward_batch_size if ours else None
@@ -85,14 +87,14 @@ class RLOOTrainer(trl.RLOOTrainer):
         self.reward_funcs = [
             self._exact(func, processing, name)
             for func, processing, name in zip(
-                self.reward_funcs, self.reward_processing_classes, self.reward_func_names, strict=True
+                self.reward_funcs, cast(list[Any], self.reward_processing_classes), self.reward_func_names, strict=True
             )
         ]
 
     def _make_renderer(self) -> Renderer | None:
         if self._is_vlm or not self._tokenizer.chat_template:
             return None
-        return Renderer(self._tokenizer, template_kwargs=self.chat_template_kwargs)
+        return Renderer(self._tokenizer, template_kwargs=cast(dict[str, Any], self.chat_template_kwargs))
 
     def _exact(self, func: Any, processing: Any, name: str) -> Any:
         """A reward model on the policy's vocabulary becomes a scorer of ids; anything else is left to TRL."""
@@ -110,6 +112,15 @@ class RLOOTrainer(trl.RLOOTrainer):
 
     def _chunk(self) -> int:
         return self.forward_batch_size or self.args.per_device_train_batch_size
+
+    @property
+    def _sampling_for_training(self) -> bool:
+        return cast(nn.Module, self.model).training
+
+    @property
+    def _group_size(self) -> int:
+        """Completions a prompt, in training or in evaluation."""
+        return cast(int, self.num_generations if self._sampling_for_training else self.num_generations_eval)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -129,12 +140,12 @@ class RLOOTrainer(trl.RLOOTrainer):
         return [ids for chunk in chunks for ids in super(RLOOTrainer, self)._generate_single_turn(chunk, None, {})]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if not self.model.training or _has_images(generation_batch):
+        if not self._sampling_for_training or _has_images(generation_batch):
             return super()._prepare_inputs(generation_batch)
-        slices = self.args.steps_per_generation
-        if self._step % (slices * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = shuffle_groups(self._generate_and_score_completions(generation_batch), self.num_generations)
-            self._buffered_inputs = split_tensor_dict(batch, slices)
+        slices = cast(int, cast(trl.RLOOConfig, self.args).steps_per_generation)
+        if self._step % (slices * self.num_iterations) == 0 or not self._buffered_inputs:
+            batch = shuffle_groups(self._generate_and_score_completions(generation_batch), self._group_size)
+            self._buffered_inputs = split_tensor_dict(cast(dict[str, Tensor | None], batch), slices)
         return self._buffered_inputs[self._step % slices]
 
     # ---- rewards and advantages -------------------------------------------------------------------------------------
@@ -146,7 +157,7 @@ class RLOOTrainer(trl.RLOOTrainer):
         rollout = self._rollout(inputs)
         batch = self._pad(rollout)
         old_BC, reference_BC = self._log_probs(batch)
-        kl_B = None if reference_BC is None else gather(kl_k1(old_BC, reference_BC, batch["completion_mask"]))
+        kl_B = None if reference_BC is None else _gathered(kl_k1(old_BC, reference_BC, batch["completion_mask"]))
         rewards = self._rewards(inputs, rollout, kl_B)
         self._log_rollout(rollout, rewards, batch["completion_mask"])
         rank, count = self.accelerator.process_index, len(rollout.prompts)
@@ -163,13 +174,13 @@ class RLOOTrainer(trl.RLOOTrainer):
         return _Rollout(prompts, prompt_ids, completion_ids, completions, ended)
 
     def _pad(self, rollout: _Rollout) -> dict[str, Tensor]:
-        device = self.accelerator.device
+        device, multiple = self.accelerator.device, cast(int | None, self.pad_to_multiple_of)
 
         def padded(rows: list[list[int]], value: int, side: str) -> Tensor:
             tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-            return pad(tensors, value, padding_side=side, pad_to_multiple_of=self.pad_to_multiple_of).to(device)
+            return pad(tensors, value, padding_side=side, pad_to_multiple_of=multiple).to(device)
 
-        pad_id = self._tokenizer.pad_token_id
+        pad_id = cast(int, self._tokenizer.pad_token_id)
         completion_mask = padded([[1] * len(ids) for ids in rollout.completion_ids], 0, "right")
         if self.mask_truncated_completions:
             completion_mask = completion_mask * torch.tensor(rollout.ended, device=device).unsqueeze(1)
@@ -190,7 +201,7 @@ class RLOOTrainer(trl.RLOOTrainer):
         def log_probs(model: Any) -> Tensor:
             return self._get_per_token_logps_and_entropies(model, ids, mask, keep, batch_size=size)[0]
 
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with disable_gradient_checkpointing(cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)):
             old_BC = log_probs(self.model)
             if self.beta == 0.0:
                 return old_BC, None
@@ -209,26 +220,18 @@ class RLOOTrainer(trl.RLOOTrainer):
         score_B[by_source_BF.isnan().all(dim=1)] = torch.nan
         if self.reward_clip_range:
             score_B = score_B.clamp(*self.reward_clip_range)
-        unfinished_B = gather(torch.tensor([not ended for ended in rollout.ended], device=device))
+        unfinished_B = _gathered(torch.tensor([not ended for ended in rollout.ended], device=device))
         penalty_B = self.missing_eos_penalty * unfinished_B.float()
         reward_B = penalized_rewards(score_B, penalty_B, kl_B, self.beta)
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        if group_size > 1:
-            advantage_B = leave_one_out(reward_B.view(-1, group_size)).flatten()
-        else:  # only in evaluation; a single sample has no baseline
-            advantage_B = torch.zeros_like(reward_B)
-        if self.normalize_advantages:
-            scored = has_baseline(reward_B.view(-1, group_size)).flatten()
-            spread = nanstd(advantage_B.where(scored, torch.nan))
-            centred = advantage_B - advantage_B[scored].mean()
-            advantage_B = (centred / (spread + 1e-4)).where(scored, 0.0).nan_to_num(0.0)
+        advantage_B = rloo_advantages(
+            reward_B.view(-1, self._group_size), normalize=bool(self.normalize_advantages)
+        ).flatten()
         return _Rewards(by_source_BF, score_B, penalty_B, kl_B, reward_B, advantage_B)
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
     def _log_rollout(self, rollout: _Rollout, rewards: _Rewards, completion_mask: Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics, tokens = self._metrics[mode], gather(completion_mask.sum()).sum().item()
+        metrics, tokens = self._current_metrics, _gathered(completion_mask.sum()).sum().item()
         if rewards.kl_B is not None:
             metrics["kl"].append(rewards.kl_B.sum().item() / max(tokens, 1))
             metrics["kl_per_completion"].append(rewards.kl_B.mean().item())
@@ -237,36 +240,39 @@ class RLOOTrainer(trl.RLOOTrainer):
             metrics[f"rewards/{name}/std"].append(nanstd(source_B).item())
         metrics["reward"].append(rewards.score_B.nanmean().item())
         metrics["reward_std"].append(nanstd(rewards.score_B).item())
-        groups_PN = rewards.reward_B.view(-1, self.num_generations if mode == "train" else self.num_generations_eval)
+        groups_PN = rewards.reward_B.view(-1, self._group_size)
         equal_P = (groups_PN - groups_PN[:, :1]).abs().nan_to_num(0.0).amax(1) < 1e-8
         metrics["frac_reward_zero_std"].append(equal_P.float().mean().item())
         metrics["missing_eos"].append((rewards.penalty_B > 0).float().mean().item())
         metrics["objective"].append(rewards.reward_B.nanmean().item())
         self._log_tables(rollout, rewards)
-        if mode == "train" and self.rollouts_dir is not None:
+        if self._sampling_for_training and self.rollouts_dir is not None:
             self._write_ledger(rollout, rewards)
+
+    @property
+    def _current_metrics(self) -> defaultdict[str, list[float]]:
+        return cast(Any, self._metrics)["train" if self._sampling_for_training else "eval"]
 
     def _log_tables(self, rollout: _Rollout, rewards: _Rewards) -> None:
         """Fill the tables of completions that TRL prints and sends to trackers."""
-        self._logs["prompt"].extend(gather_object(rollout.prompts))
-        self._logs["completion"].extend(gather_object(rollout.completions))
+        logs = cast(dict[str, Any], self._logs)
+        logs["prompt"].extend(gather_object(rollout.prompts))
+        logs["completion"].extend(gather_object(rollout.completions))
         for name, source_B in zip(self.reward_func_names, rewards.by_source_BF.unbind(1), strict=True):
-            self._logs["rewards"][name].extend(source_B.tolist())
-        self._logs["advantages"].extend(rewards.advantage_B.tolist())
+            logs["rewards"][name].extend(source_B.tolist())
+        logs["advantages"].extend(rewards.advantage_B.tolist())
         for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
             values = self._pending_extra_logs.get(column, [None] * len(rollout.prompts))
-            self._logs["extra"][column].extend(gather_object(values))
+            logs["extra"][column].extend(gather_object(values))
         self._pending_extra_logs.clear()
         pending: defaultdict[str, list[float]] = self._pending_metrics
         for name in sorted(set(gather_object(list(pending)))):
             values = [value for part in gather_object([pending.get(name, [])]) for value in part]
-            self._metrics["train" if self.model.training else "eval"][name].append(sum(values) / max(len(values), 1))
+            self._current_metrics[name].append(sum(values) / max(len(values), 1))
         pending.clear()
 
     def _write_ledger(self, rollout: _Rollout, rewards: _Rewards) -> None:
-        rows = gather_object(
-            list(zip(rollout.prompt_ids, rollout.completion_ids, rollout.ended, strict=True))
-        )
+        rows = gather_object(list(zip(rollout.prompt_ids, rollout.completion_ids, rollout.ended, strict=True)))
         if not self.accelerator.is_main_process or self.rollouts_dir is None:
             return
         texts = self._tokenizer.batch_decode([ids for _, ids, _ in rows], skip_special_tokens=False)
@@ -274,13 +280,15 @@ class RLOOTrainer(trl.RLOOTrainer):
         columns = (rewards.score_B, rewards.penalty_B, rewards.reward_B, rewards.advantage_B)
         numbers = list(zip(*(column.tolist() for column in columns), kl, strict=True))
         entries = []
-        for place, ((prompt_ids, ids, ended), sources) in enumerate(zip(rows, rewards.by_source_BF.tolist(), strict=True)):
+        for place, ((prompt_ids, ids, ended), sources) in enumerate(
+            zip(rows, rewards.by_source_BF.tolist(), strict=True)
+        ):
             score, penalty, reward, advantage, kl_value = numbers[place]
             entries.append(
                 Entry(
                     step=self.state.global_step,
-                    group=place // self.num_generations,
-                    index=place % self.num_generations,
+                    group=place // self._group_size,
+                    index=place % self._group_size,
                     prompt_ids=list(prompt_ids),
                     completion_ids=list(ids),
                     text=texts[place],
@@ -295,6 +303,11 @@ class RLOOTrainer(trl.RLOOTrainer):
                 )
             )
         write_rollout(self.rollouts_dir, self.state.global_step, entries)
+
+
+def _gathered(local: Tensor) -> Tensor:
+    """A tensor of all processes' values, joined along the first axis."""
+    return cast(Tensor, gather(local))
 
 
 def shuffle_groups(batch: dict[str, Tensor], group_size: int) -> dict[str, Tensor]:

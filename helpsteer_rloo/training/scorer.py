@@ -15,7 +15,9 @@ class RewardModelScorer:
     turn, as it was sampled.
     """
 
-    def __init__(self, model: nn.Module, *, batch_size: int, max_length: int | None, name: str = "reward_model") -> None:
+    def __init__(
+        self, model: nn.Module, *, batch_size: int, max_length: int | None, name: str = "reward_model"
+    ) -> None:
         """Bind a reward model; `max_length` is the longest sequence it was trained on, in tokens."""
         self.model, self.batch_size, self.max_length = model, batch_size, max_length
         self.__name__ = name

@@ -50,9 +50,13 @@ def test_a_tie_is_not_right_and_counts_are_by_domain_and_strength():
 
 def test_better_than_chance_needs_the_whole_interval_above_a_half():
     right, wrong = judgement(0, 1.0), judgement(0, -1.0)
-    independent = [Judgement(i, j.preference, "p", j.chosen_score, 0.0) for i, j in enumerate([right] * 70 + [wrong] * 30)]
+    independent = [
+        Judgement(i, j.preference, "p", j.chosen_score, 0.0) for i, j in enumerate([right] * 70 + [wrong] * 30)
+    ]
     assert summarize(independent)["better_than_chance"]
-    few_prompts = [Judgement(i // 50, j.preference, "p", j.chosen_score, 0.0) for i, j in enumerate([right] * 70 + [wrong] * 30)]
+    few_prompts = [
+        Judgement(i // 50, j.preference, "p", j.chosen_score, 0.0) for i, j in enumerate([right] * 70 + [wrong] * 30)
+    ]
     assert not summarize(few_prompts)["better_than_chance"]
 
 

@@ -30,7 +30,9 @@ def test_scores_equal_an_unpadded_forward_whatever_the_batch(reward_model, batch
 def test_a_sequence_that_ends_in_the_padding_id_is_scored_at_its_end(reward_model):
     pad = reward_model.config.pad_token_id
     ids = [5, 6, 7, pad]
-    assert score_sequences(reward_model, [ids, [5] * 9], 2)[0] == pytest.approx(plain_score(reward_model, ids), rel=1e-6)
+    assert score_sequences(reward_model, [ids, [5] * 9], 2)[0] == pytest.approx(
+        plain_score(reward_model, ids), rel=1e-6
+    )
 
 
 def test_scores_go_through_an_adapter_and_its_head(tiny_base):

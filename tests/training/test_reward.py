@@ -149,7 +149,16 @@ def test_the_stock_program_imports_nothing_of_this_project(tiny_base, tokenizer,
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
         "print(any(name.startswith('helpsteer_rloo') for name in sys.modules))"
     )
-    command = [sys.executable, "-I", "-c", code, stock_scores.__file__, str(tmp_path), str(tmp_path / "ids.json"), "float32"]
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        code,
+        stock_scores.__file__,
+        str(tmp_path),
+        str(tmp_path / "ids.json"),
+        "float32",
+    ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     assert lines[-1] == "False"
     assert json.loads(lines[-2]) == pytest.approx(score_sequences(trainer.model.eval(), ids, 1), abs=1e-5)

@@ -189,8 +189,10 @@ def test_advantages_and_loss_equal_trls(tiny_base, tokenizer, tmp_path, changes)
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
         results.append((batch["advantages"], batch["old_logps"], loss.detach(), gradient))
+    # Rewards are float32 in TRL; a standard deviation summed in another order differs in its last bits.
+    tolerance = 1e-6 if "normalize_advantages" in changes else 1e-9
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert results[0][3].abs().max() > 0
 
 
@@ -238,8 +240,12 @@ def test_micro_batches_hold_whole_groups(tiny_base, tokenizer, tmp_path):
 
     class Spy(RLOOTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.append([tuple(row[mask.bool()].tolist()) for row, mask in zip(
-                inputs["prompt_ids"], inputs["prompt_mask"], strict=True)])
+            seen.append(
+                [
+                    tuple(row[mask.bool()].tolist())
+                    for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+                ]
+            )
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     make_trainer(tiny_base, tokenizer, tmp_path, trainer=Spy, per_device_train_batch_size=8).train()
