@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -136,6 +136,17 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 Knobs = TypeVar("Knobs", bound=DataKnobs)
 
 
+_SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token")
+
+
+def _without_secrets(values: Mapping[str, FlagValue]) -> dict[str, FlagValue]:
+    return {
+        name: _without_secrets(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name not in _SECRETS
+    }
+
+
 @dataclass(frozen=True)
 class Settings(Generic[Knobs]):
     """What a command was asked to do: our own knobs, and the values for TRL's configuration classes by flag name."""
@@ -145,7 +156,7 @@ class Settings(Generic[Knobs]):
 
     def describe(self) -> dict[str, FlagValue]:
         """All settings in one flat mapping, for records and comparisons; access tokens are left out."""
-        return {k: v for k, v in {**self.trl, **dataclasses.asdict(self.own)}.items() if "token" not in k}
+        return _without_secrets({**self.trl, **dataclasses.asdict(self.own)})
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,8 @@ class CommandSpec(Generic[Knobs]):
             stages = [stage for stage, command in SECTIONS.items() if name in _flag_names(command)]
             if stages:
                 return f"{name} belongs to a stage: give " + " or ".join(f"--{stage}.{name}" for stage in stages)
-        return unknown_name(name, [*_flag_names(self), "config"], what)
+        known = [*_flag_names(self), *(["config"] if what == "flag" else [])]
+        return unknown_name(name, known, what)
 
     def resolve(self, *layers: Mapping[str, FlagValue], source: str = "configuration") -> Settings[Knobs]:
         """Merge layers of values, weakest first, over the defaults.
@@ -206,7 +218,10 @@ class CommandSpec(Generic[Knobs]):
                 raise ValueError(f"{source}: {key} and {name} are two names of one setting; give one of them.")
             if key not in flags:
                 raise ValueError(f"{source}: {self.explain_unknown(key)}")
-            checked[name] = flags[name].accepts(value)
+            try:
+                checked[name] = flags[name].from_yaml(value)
+            except ValueError as error:
+                raise ValueError(f"{source}: {key}: {error}") from None
         return checked
 
 
@@ -329,18 +344,28 @@ def pipeline_settings(
         ValueError: as `CommandSpec.resolve`.
     """
     main = {key: value for key, value in content.items() if key not in SECTIONS}
-    of_file = PIPELINE.resolve(main, source=source).own
+    PIPELINE.resolve(main, source=source)
     own = PIPELINE.resolve(main, given, source="command line").own
     stages: dict[str, Settings[Any]] = {}
     for name, command in SECTIONS.items():
-        section = content.get(name) or {}
+        section, of_stage = content.get(name) or {}, (sections or {}).get(name, {})
         if not isinstance(section, Mapping):
             raise ValueError(f"{source}: {name}: expected a mapping from flag names to values.")
+        _refuse_handed_down(name, [*section, *of_stage])
         command.resolve(section, source=f"{source}: {name}")
-        base, final = _shared_flags(of_file, name), _shared_flags(own, name)
-        changed = {key: value for key, value in final.items() if key not in base or base[key] != value}
-        stages[name] = command.resolve(base, section, changed, (sections or {}).get(name, {}), source=f"--{name}")
+        stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
     return PipelineSettings(own, stages["reward"], stages["rloo"])
+
+
+def _refuse_handed_down(stage: str, names: Sequence[str]) -> None:
+    """Refuse what a stage's section cannot change: its directories, and for RLOO the data, which the stages share."""
+    owners = {"output_dir": "--reward_model_dir" if stage == "reward" else "--policy_dir"}
+    owners |= {"rollouts_dir": "--output_dir", "reward_model_path": "--reward_model_dir"}
+    if stage == "rloo":
+        owners |= {field.name: f"--{field.name}" for field in fields(DataKnobs)}
+    for name in names:
+        if name in owners:
+            raise ValueError(f"--{stage}.{name} cannot be set: the stages share it; give {owners[name]} instead.")
 
 
 def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str]:
@@ -349,26 +374,42 @@ def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str
     return (read_yaml(Path(file)), str(file)) if file else ({}, "configuration")
 
 
-def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, FlagValue]:
-    shared: dict[str, FlagValue] = {f.name: getattr(own, f.name) for f in dataclasses.fields(DataKnobs)}
-    shared |= {"model_name_or_path": own.model_name_or_path, "seed": own.seed, "use_peft": own.use_peft}
+def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, tuple[str, FlagValue]]:
+    """What the pipeline hands down to a stage: for each of its flags, the main flag it comes from, and the value."""
+    shared: dict[str, tuple[str, FlagValue]] = {f.name: (f.name, getattr(own, f.name)) for f in fields(DataKnobs)}
+    shared |= {name: (name, getattr(own, name)) for name in ("model_name_or_path", "seed", "use_peft")}
     everything = own.output_dir
     reward_dir = own.reward_model_dir or (f"{everything}/reward_model" if everything else DEFAULT_REWARD_MODEL_DIR)
+    policy_dir = own.policy_dir or (f"{everything}/policy" if everything else DEFAULT_POLICY_DIR)
+    rollouts_dir = f"{everything or f'runs/{own.name}'}/rollouts"
     if stage == "reward":
         shared |= {
-            "output_dir": reward_dir,
-            "per_device_train_batch_size": own.reward_batch_size,
-            "num_train_epochs": own.reward_epochs,
+            "output_dir": ("reward_model_dir", reward_dir),
+            "per_device_train_batch_size": ("reward_batch_size", own.reward_batch_size),
+            "num_train_epochs": ("reward_epochs", own.reward_epochs),
         }
     else:
         shared |= {
-            "output_dir": own.policy_dir or (f"{everything}/policy" if everything else DEFAULT_POLICY_DIR),
-            "rollouts_dir": f"{everything or f'runs/{own.name}'}/rollouts",
-            "reward_model_path": reward_dir,
-            "per_device_train_batch_size": own.rloo_batch_size,
-            "total_episodes": own.total_episodes,
+            "output_dir": ("policy_dir", policy_dir),
+            "rollouts_dir": ("output_dir", rollouts_dir),
+            "reward_model_path": ("reward_model_dir", reward_dir),
+            "per_device_train_batch_size": ("rloo_batch_size", own.rloo_batch_size),
+            "total_episodes": ("total_episodes", own.total_episodes),
         }
-    return {key: value for key, value in shared.items() if value is not None}
+    return {name: (source, value) for name, (source, value) in shared.items() if value is not None}
+
+
+_DIRECTORIES = ("output_dir", "rollouts_dir", "reward_model_path")
+
+
+def _stage_settings(
+    own: PipelineKnobs, given: Mapping[str, FlagValue], section: Mapping[str, FlagValue], name: str
+) -> dict[str, FlagValue]:
+    """Values for one stage: handed down, overridden by the file's section, overridden by main flags given."""
+    shared = _shared_flags(own, name)
+    below = {flag: value for flag, (_, value) in shared.items()}
+    above = {flag: value for flag, (source, value) in shared.items() if source in given or flag in _DIRECTORIES}
+    return {**below, **section, **above}
 
 
 def _parser(command: CommandSpec[Any]) -> FlagParser:

@@ -1,6 +1,5 @@
 """What a run prints: progress lines, and tables of data, predictions and results."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,19 +7,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from helpsteer_rloo.processes import is_main_process
+
 _CONSOLE = Console()
 WIDTH_OF_PROMPT = 48
 
 
 def say(message: str) -> None:
     """Print one line of progress, on the main process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 def show(table: Table) -> None:
     """Print a table, on the main process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         _CONSOLE.print(table)
 
 

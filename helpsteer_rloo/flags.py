@@ -33,7 +33,7 @@ TRL_SOURCES = {
 class Flag:
     """One flag: its name, its type as written in the source, its default as text, and its help.
 
-    >>> Flag("lora_r", "int", "16", "LoRA rank.").converter()("8")
+    >>> Flag("lora_r", "int", "16", "LoRA rank.").from_text("8")
     8
     """
 
@@ -44,51 +44,86 @@ class Flag:
 
     def alternatives(self) -> list[str]:
         """The types the flag admits: `["float", "None"]` for `float | None`."""
-        return [part.strip() for part in self.annotation.split("|")]
+        return [ast.unparse(part) for part in _union_parts(ast.parse(self.annotation, mode="eval").body)]
 
     def is_list(self) -> bool:
         """Whether the flag takes several values."""
-        return any(part.startswith(("list", "tuple")) for part in self.alternatives())
+        return any(_is_sequence(part) for part in self.alternatives())
 
     def is_bool(self) -> bool:
         """Whether the flag may stand alone, meaning true."""
         return "bool" in self.alternatives()
 
-    def converter(self) -> Callable[[str], FlagValue]:
-        """The function from the text of one value to the value; it raises `ValueError` for text that does not fit."""
+    def is_mapping(self) -> bool:
+        """Whether the flag takes a mapping, written as YAML or JSON."""
+        return any(part.startswith("dict") for part in self.alternatives())
+
+    def from_text(self, text: str) -> FlagValue:
+        """One value from the command line.
+
+        Raises:
+            ValueError: the text does not fit the flag's type.
+        """
         alternatives = self.alternatives()
+        if "None" in alternatives and not self.is_list() and text.lower() in ("none", "null"):
+            return None
+        if self.is_mapping() and text.lstrip().startswith(("{", "[")):
+            return self.from_yaml(_yaml_value(text))
+        for name in [*alternatives, *map(_element, filter(_is_sequence, alternatives))]:
+            if name in _CONVERTERS:
+                try:
+                    return _CONVERTERS[name](text)
+                except ValueError:
+                    continue
+        if all(name in ("None", *_CONVERTERS) or _element(name) in _CONVERTERS for name in alternatives):
+            raise ValueError(f"expected {self.annotation}, got {text!r}")
+        return text
 
-        def convert(text: str) -> FlagValue:
-            if "None" in alternatives and text.lower() in ("none", "null"):
-                return None
-            for name in alternatives:
-                if name in _CONVERTERS:
-                    try:
-                        return _CONVERTERS[name](text)
-                    except ValueError:
-                        continue
-            if any(name in _CONVERTERS for name in alternatives) and "str" not in alternatives:
-                raise ValueError(f"expected {self.annotation}, got {text!r}")
-            return text
-
-        convert.__name__ = self.annotation
-        return convert
-
-    def accepts(self, value: FlagValue) -> FlagValue:
-        """Check a value from a YAML file against the type and return it converted.
+    def from_yaml(self, value: FlagValue) -> FlagValue:
+        """One value from a YAML file.
 
         Raises:
             ValueError: the value does not fit the flag's type.
         """
-        if isinstance(value, (list, tuple)) or value is None or isinstance(value, dict):
-            if isinstance(value, (list, tuple)) and not self.is_list() and "dict" not in self.annotation:
-                raise ValueError(f"{self.name}: expected {self.annotation}, got the list {list(value)!r}")
-            return list(value) if isinstance(value, tuple) else value
-        try:
-            converted = self.converter()(str(value))
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
-        return [converted] if self.is_list() else converted
+        fits = True
+        if value is None:
+            fits = "None" in self.alternatives()
+        elif isinstance(value, dict):
+            fits = self.is_mapping()
+        elif isinstance(value, bool):
+            fits = self.is_bool()
+        elif isinstance(value, (list, tuple)):
+            if self.is_list():
+                return [self.from_text(str(part)) for part in value]
+            fits = False
+        else:
+            converted = self.from_text(str(value))
+            return [converted] if self.is_list() and "str" not in self.alternatives() else converted
+        if not fits:
+            raise ValueError(f"expected {self.annotation}, got {value!r}")
+        return value
+
+
+def _union_parts(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp):
+        return [*_union_parts(node.left), *_union_parts(node.right)]
+    return [node]
+
+
+def _is_sequence(annotation: str) -> bool:
+    return annotation.startswith(("list", "tuple"))
+
+
+def _element(annotation: str) -> str:
+    """Type of a sequence's elements: `"float"` for `list[float]` and `tuple[float, float]`."""
+    return annotation.partition("[")[2].rstrip("]").split(",")[0] if _is_sequence(annotation) else ""
+
+
+def _yaml_value(text: str) -> FlagValue:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"expected YAML or JSON, got {text!r}") from None
 
 
 def _to_bool(text: str) -> bool:
@@ -102,7 +137,7 @@ def _to_bool(text: str) -> bool:
 
 def _to_int(text: str) -> int:
     number = float(text)
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError(f"expected a whole number, got {text!r}")
     return int(number)
 
@@ -213,15 +248,18 @@ def _underscored(token: str) -> str:
 
 
 def _add_flag(section: Any, flag: Flag) -> None:
-    options: dict[str, Any] = {"type": flag.converter(), "default": argparse.SUPPRESS, "metavar": flag.annotation}
+    def convert(text: str) -> FlagValue:
+        try:
+            return flag.from_text(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    options: dict[str, Any] = {"type": convert, "default": argparse.SUPPRESS, "metavar": flag.annotation}
     if flag.is_list():
         options["nargs"] = "+"
-        options["type"] = str
     elif flag.is_bool():
         options["nargs"] = "?"
         options["const"] = True
-    elif "dict" in flag.annotation:
-        options["type"] = yaml.safe_load
     default = f" (default: {flag.default})" if flag.default not in ("", "None") else ""
     section.add_argument(f"--{flag.name}", help=(flag.help + default).replace("%", "%%"), **options)
 

@@ -1,12 +1,14 @@
 """Stages of a run: each is run once for the same inputs, goes on after an interruption, and leaves a marker last."""
 
-import os
+import json
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.run_dir import RunDir, fingerprint, read_json, set_aside, write_json
 
 Say = Callable[[str], None]
@@ -16,9 +18,10 @@ Say = Callable[[str], None]
 class Stage:
     """One step of a run.
 
-    `inputs` is everything that decides the stage's result, besides the stages before it. `artefacts` must exist for
-    the stage to count as finished. `directory`, if any, belongs to the stage alone; it is moved aside when the stage
-    starts anew. A stage that is not `distributed` runs on the main process while the others wait for its marker.
+    `inputs` is everything that decides the stage's result, besides the results of the stages it `needs` (by name;
+    `None` stands for the stage before it). `artefacts` must exist for the stage to count as finished. `directory`, if
+    any, belongs to the stage alone; it is moved aside when the stage starts anew. A stage that is not `distributed`
+    runs on the main process while the others wait for its marker.
     """
 
     name: str
@@ -27,6 +30,7 @@ class Stage:
     artefacts: tuple[Path, ...] = ()
     directory: Path | None = None
     distributed: bool = False
+    needs: tuple[str, ...] | None = None
 
 
 def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict[str, Any]]:
@@ -35,14 +39,13 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
     Raises:
         ValueError: a stage failed for a reason the user can mend, or its directory holds something else.
     """
-    keys = _chain(stages)
-    finished = [_is_finished(run, stage, keys[stage.name]) for stage in stages]
-    for message in _changes(run, stages, keys):
+    for message in _changes(run, stages):
         say(message)
-    outputs = {}
-    for stage, done in zip(stages, finished, strict=True):
-        if not done:
-            _run_one(run, stage, keys[stage.name], say)
+    outputs: dict[str, dict[str, Any]] = {}
+    for stage, needed in _with_needs(stages):
+        key = _key(run, stage, needed)
+        if not _is_finished(run, stage, key):
+            _run_one(run, stage, key, say)
         outputs[stage.name] = (read_json(run.stage(stage.name)) or {})["outputs"]
     return outputs
 
@@ -53,17 +56,24 @@ def seconds_by_stage(run: RunDir, names: Sequence[str]) -> dict[str, float]:
     return {name: record["seconds"] for name, record in records.items() if record}
 
 
-def _chain(stages: Sequence[Stage]) -> dict[str, str]:
-    """A key for each stage's inputs together with those of all stages before it."""
-    keys, before = {}, ""
-    for stage in stages:
-        before = fingerprint([before, stage.name, _plain(stage.inputs)])
-        keys[stage.name] = before
-    return keys
+def _with_needs(stages: Sequence[Stage]) -> list[tuple[Stage, list[str]]]:
+    """Each stage with the names of the stages before it whose results it needs."""
+    names = [stage.name for stage in stages]
+    return [
+        (stage, names[max(0, i - 1) : i] if stage.needs is None else [n for n in names[:i] if n in stage.needs])
+        for i, stage in enumerate(stages)
+    ]
+
+
+def _key(run: RunDir, stage: Stage, needed: Sequence[str]) -> str:
+    """Digest of a stage's inputs and of the very executions of the stages it needs."""
+    executions = [(read_json(run.stage(name)) or {}).get("execution") for name in needed]
+    return fingerprint([stage.name, _plain(stage.inputs), executions])
 
 
 def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in inputs.items()}
+    """Inputs as they come back from a JSON file, so that they can be compared with recorded ones."""
+    return json.loads(json.dumps(dict(inputs), default=str))
 
 
 def _is_finished(run: RunDir, stage: Stage, key: str) -> bool:
@@ -71,40 +81,51 @@ def _is_finished(run: RunDir, stage: Stage, key: str) -> bool:
     return record is not None and record["key"] == key and all(path.exists() for path in stage.artefacts)
 
 
-def _changes(run: RunDir, stages: Sequence[Stage], keys: Mapping[str, str]) -> list[str]:
+def _changes(run: RunDir, stages: Sequence[Stage]) -> list[str]:
     """Sentences that say which settings changed since the last run, and which stages that makes invalid."""
     messages = []
-    for number, stage in enumerate(stages):
+    listed = _with_needs(stages)
+    for stage in stages:
         record = read_json(run.stage(stage.name)) or read_json(run.stage_started(stage.name))
-        if record is None or record["key"] == keys[stage.name]:
+        if record is None:
             continue
         old, new = record["inputs"], _plain(stage.inputs)
         changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if changed:
-            listed = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
-            invalid = ", ".join(later.name for later in stages[number:])
-            messages.append(f"Changed since the last run: {listed}. These stages run again: {invalid}.")
+            invalid = [stage.name]
+            for later, needed in listed:
+                if later.name not in invalid and set(needed) & set(invalid):
+                    invalid.append(later.name)
+            what = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
+            messages.append(f"Changed since the last run: {what}. These stages run again: {', '.join(invalid)}.")
     return messages
 
 
 def _run_one(run: RunDir, stage: Stage, key: str, say: Say) -> None:
-    main = os.environ.get("RANK", "0") == "0"
+    main = is_main_process()
     if not main and not stage.distributed:
         _wait_for(run, stage, key)
         return
     if main:
         started = read_json(run.stage_started(stage.name))
-        goes_on = started is not None and started["key"] == key
+        goes_on = started is not None and (started["key"], started["directory"]) == (key, str(stage.directory))
         if stage.directory is not None and not goes_on:
-            _clear(stage, say)
+            _clear(run, stage, say)
         run.stage(stage.name).unlink(missing_ok=True)
-        write_json(run.stage_started(stage.name), {"key": key, "inputs": _plain(stage.inputs)})
+        marker = {"key": key, "inputs": _plain(stage.inputs), "directory": str(stage.directory)}
+        write_json(run.stage_started(stage.name), marker)
         say(f"Stage {stage.name}" + (" goes on." if goes_on else "."))
     begin = time.monotonic()
     outputs = stage.run()
     if main:
-        seconds = round(time.monotonic() - begin, 2)
-        record = {"key": key, "inputs": _plain(stage.inputs), "outputs": outputs, "seconds": seconds}
+        record = {
+            "key": key,
+            "execution": uuid.uuid4().hex,
+            "inputs": _plain(stage.inputs),
+            "directory": str(stage.directory),
+            "outputs": outputs,
+            "seconds": round(time.monotonic() - begin, 2),
+        }
         write_json(run.stage(stage.name), record)
         run.stage_started(stage.name).unlink(missing_ok=True)
     else:
@@ -116,13 +137,14 @@ def _wait_for(run: RunDir, stage: Stage, key: str) -> None:
         time.sleep(1.0)
 
 
-def _clear(stage: Stage, say: Say) -> None:
+def _clear(run: RunDir, stage: Stage, say: Say) -> None:
     """Move the result of an earlier run out of the way; refuse to touch a directory of anything else."""
     directory = stage.directory
     if directory is None or not directory.exists() or not any(directory.iterdir()):
         return
-    ours = [*stage.artefacts, *directory.glob("checkpoint-*"), directory / "rollouts"]
-    if not any(path.exists() for path in ours):
+    records = (read_json(run.stage(stage.name)), read_json(run.stage_started(stage.name)))
+    recorded = any(record is not None and record["directory"] == str(directory) for record in records)
+    if not recorded and not any(path.exists() for path in (*stage.artefacts, *directory.glob("checkpoint-*"))):
         raise ValueError(
             f"{directory} is not empty and does not hold a result of this tool; it is left alone. "
             "Give another --output_dir, or empty the directory yourself."

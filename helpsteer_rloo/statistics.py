@@ -60,10 +60,11 @@ def _design_effect(values: np.ndarray[Any, Any], share: float, clusters: Sequenc
     totals: dict[Hashable, float] = {}
     for value, cluster in zip(values, clusters, strict=True):
         totals[cluster] = totals.get(cluster, 0.0) + value - share
-    number, independent = len(totals), share * (1 - share) / len(values)
+    count, number = len(values), len(totals)
+    independent = share * (1 - share) / max(count - 1, 1)
     if number < 2 or independent == 0:
-        return len(values) / number
-    variance = number / (number - 1) * sum(total**2 for total in totals.values()) / len(values) ** 2
+        return count / number
+    variance = number / (number - 1) * sum(total**2 for total in totals.values()) / count**2
     return max(1.0, float(variance / independent))
 
 

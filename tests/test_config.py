@@ -345,13 +345,13 @@ def test_a_flag_that_cannot_be_set_says_what_decides_instead(command, name, writ
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max_length", "ten"], "--max_length: invalid int value: 'ten'"),
-        (["--max_length", "12.5"], "--max_length: invalid int value: '12.5'"),
-        (["--max_length", "inf"], "--max_length: invalid int value: 'inf'"),
-        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
-        (["--use_peft", "maybe"], "--use_peft: invalid bool value: 'maybe'"),
-        (["--save_total_limit", "few"], "--save_total_limit: invalid int | None value: 'few'"),
-        (["--model_init_kwargs", "{a: ["], "--model_init_kwargs: invalid"),
+        (["--max_length", "ten"], "--max_length: expected int, got 'ten'"),
+        (["--max_length", "12.5"], "--max_length: expected int, got '12.5'"),
+        (["--max_length", "inf"], "--max_length: expected int, got 'inf'"),
+        (["--learning_rate", "fast"], "--learning_rate: expected float, got 'fast'"),
+        (["--use_peft", "maybe"], "--use_peft: expected bool, got 'maybe'"),
+        (["--save_total_limit", "few"], "--save_total_limit: expected int | None, got 'few'"),
+        (["--model_init_kwargs", "{a: ["], "--model_init_kwargs: expected YAML or JSON"),
         (["--max_length"], "--max_length: expected one argument"),
     ],
 )
@@ -364,8 +364,8 @@ def test_a_value_of_the_wrong_type_on_the_command_line_is_named(argv, message, r
     [
         ("max_length: ten", "max_length: expected int, got 'ten'"),
         ("max_length: 12.5", "max_length: expected int, got '12.5'"),
-        ("max_length: true", "max_length: expected int, got 'True'"),
-        ("max_length: [1, 2]", "max_length: expected int, got the list [1, 2]"),
+        ("max_length: true", "max_length: expected int, got True"),
+        ("max_length: [1, 2]", "max_length: expected int, got [1, 2]"),
         ("max_length: {a: 1}", "max_length: expected int, got"),
         ("max_length:", "max_length: expected int, got"),
         ("max_length: .inf", "max_length: expected int, got 'inf'"),

@@ -17,11 +17,13 @@ SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 # Lowest first. A name stands for a module of the package or for a sub-package with all that is in it; "" is the
 # package's own __init__, which is run before any module and so may import next to nothing.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"", "groups", "config", "flags", "trl_flags", "run_dir", "provenance", "objectives", "statistics"}),
+    frozenset(
+        {"", "groups", "config", "flags", "run_dir", "processes", "provenance", "objectives", "statistics"}
+    ),
     frozenset({"data", "rendering", "packing"}),
     frozenset({"model"}),
     frozenset({"training", "evaluation", "serving", "report"}),
-    frozenset({"pipeline", "stages", "cli", "console", "demo", "data_command", "commands", "__main__"}),
+    frozenset({"pipeline", "steps", "stages", "cli", "console", "demo", "data_command"}),
 )
 # The parts of this layer meet through the run directory and never import each other.
 SEPARATE = LAYERS[3]
@@ -30,7 +32,7 @@ TRL_IMPORTERS = frozenset({"training"})
 # Only the standard library.
 STDLIB_ONLY = frozenset({"groups"})
 # Importing one of these loads nothing heavy, not even by way of another module, so that `--help` answers at once.
-LIGHT = frozenset({"config", "flags", "trl_flags", "run_dir", "data.demo", "cli", "demo", "data_command"})
+LIGHT = frozenset({"config", "flags", "run_dir", "pipeline", "data.demo", "cli", "demo", "data_command"})
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import unicodedata
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -249,7 +250,7 @@ CUTS = [LONG, SYSTEM + LONG[3:], SYSTEM + LONG[5:]]
 
 def test_a_prompt_that_fits_exactly_is_left_whole_and_one_token_less_cuts_the_oldest_exchange(renderer):
     response = 7
-    for kept, shorter in zip(CUTS[:-1], CUTS[1:], strict=True):
+    for kept, shorter in pairwise(CUTS):
         exact = len(renderer.prompt_ids(kept)) + response
         assert renderer.fit_prompt(LONG, response, exact) == (kept, renderer.prompt_ids(kept))
         assert renderer.fit_prompt(LONG, response, exact - 1) == (shorter, renderer.prompt_ids(shorter))

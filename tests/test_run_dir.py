@@ -110,9 +110,7 @@ def test_a_record_that_is_not_there_is_none(tmp_path):
     assert read_json(tmp_path / "record.json") is None
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b'{"a": 1', b"\xff\xfe", b"[1, 2]", b'"text"', b"null"], ids=["empty", "cut", "bytes", "list", "text", "null"]
-)  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"[1, 2]", b'"text"', b"null"])
 def test_a_damaged_record_is_named_with_what_to_do(content, tmp_path):
     path = tmp_path / "record.json"
     path.write_bytes(content)
@@ -148,7 +146,7 @@ def test_different_values_have_different_fingerprints(one, other):
 
 
 def test_a_fingerprint_is_the_same_in_every_process_and_version():
-    assert fingerprint({"b": [1, 2.5, None], "a": "ö"}) == "GOLDEN"
+    assert fingerprint({"b": [1, 2.5, None], "a": "ö"}) == "ce873ba086ec4732"
     assert fingerprint({"path": Path("a/b")}) == fingerprint({"path": "a/b"})
 
 

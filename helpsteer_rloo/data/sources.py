@@ -134,11 +134,13 @@ def _read_lines(file: RowFile) -> Iterator[RawRow]:
 
 def _parse(file: RowFile, line: int, raw: bytes) -> dict[str, Any] | BadRowError:
     try:
-        content = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+        content = json.loads(raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return BadRowError(str(file.path), line, "(row)", f"not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         return BadRowError(str(file.path), line, "(row)", f"not JSON: {error.msg} at column {error.colno}")
+    except ValueError as error:  # a whole number of thousands of digits
+        return BadRowError(str(file.path), line, "(row)", f"not JSON: {error}")
     except RecursionError:
         return BadRowError(str(file.path), line, "(row)", "not JSON: nested too deeply")
     if not isinstance(content, dict):
@@ -157,5 +159,5 @@ def _read_parquet(file: RowFile) -> Iterator[RawRow]:
             for content in batch.to_pylist():
                 line += 1
                 yield RawRow(file, line, content)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{file.path}: not a readable parquet file: {error}") from None

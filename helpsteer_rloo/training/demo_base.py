@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import pre_tokenizers, trainers
+from transformers import AddedToken, GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig, SFTTrainer
 

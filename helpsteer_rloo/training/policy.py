@@ -1,6 +1,5 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,7 @@ from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.data.preparation import rollout_prompts
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.model.loading import load_reward_model
+from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import MINIMUM_ROOM, Renderer
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
 from helpsteer_rloo.training.ledger import discard_rollouts_from
@@ -136,12 +136,11 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
     own = settings.own
     per_device = int(settings.trl["per_device_train_batch_size"])
     accumulation = int(settings.trl["gradient_accumulation_steps"])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     return build_args(
         RLOOConfig,
         settings,
         output_dir=own.output_dir,
-        max_steps=own.optimizer_steps(per_device, accumulation, processes),
+        max_steps=own.optimizer_steps(per_device, accumulation, process_count()),
         num_generations=own.rloo_k,
         num_iterations=own.num_ppo_epochs,
         steps_per_generation=accumulation * own.num_mini_batches,

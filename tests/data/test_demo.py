@@ -130,7 +130,7 @@ def test_shares_of_ties_languages_and_empty_responses(rows: list[PreferenceRow],
     ties = sum(row["overall_preference"] == 0 for row in english) / len(english)
     languages = [(row["domain"], row["language"]) for row in rows]
     empty = sum("" in (row["response1"], row["response2"]) for row in rows)
-    assert 0.08 < ties < 0.14
+    assert 0.08 < ties < 0.16
     assert len(english) / len(rows) == pytest.approx(0.90, abs=0.02)
     assert set(languages) == {
         ("general", "english"),
@@ -162,12 +162,27 @@ def test_rows_depend_on_the_seed_alone(rows: list[PreferenceRow]) -> None:
 
 
 def test_mixed_answers_are_mediocre_and_clean_ones_perfect() -> None:
-    def mean_gold(mixed: bool) -> float:
-        pairs = list(sft_conversations(seed=3, count=2000, mixed=mixed))
-        return sum(gold(messages[-1].content, response, ended=True) for messages, response in pairs) / len(pairs)
+    def mean_gold(*, mixed: bool) -> float:
+        pairs = [
+            (messages[-1].content, response)
+            for messages, response in sft_conversations(seed=3, count=3000, mixed=mixed)
+            if parse_prompt(messages[-1].content) is not None
+        ]
+        return sum(gold(ask, response, ended=True) for ask, response in pairs) / len(pairs)
 
     assert mean_gold(mixed=False) == 1.0
-    assert 0.35 < mean_gold(mixed=True) < 0.6
+    assert 0.4 < mean_gold(mixed=True) < 0.6
+
+
+def test_descriptions_run_from_a_faultless_list_to_its_instruction() -> None:
+    described = [
+        (messages[0].content.removeprefix("Describe: "), response)
+        for messages, response in sft_conversations(seed=3, count=1000, mixed=True)
+        if messages[0].content.startswith("Describe: ")
+    ]
+    specs = {prompt(spec).split(" ", 1)[1]: spec for spec in all_specs()}
+    assert 300 < len(described) < 500
+    assert all(gold(prompt(specs[wish]), listing, ended=True) == 1.0 for listing, wish in described)
 
 
 def test_write_rows_writes_what_was_made_and_leaves_no_other_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -213,17 +214,16 @@ BAD_ROWS = {
         "context[0].content",
         "expected a string, got list",
     ),
-    "preference_high": (make_row(overall_preference=4), "overall_preference", "expected a whole number from -3 to 3, got 4"),
-    "preference_low": (make_row(overall_preference=-4), "overall_preference", "expected a whole number from -3 to 3, got -4"),
-    "preference_float": (make_row(overall_preference=1.5), "overall_preference", "expected a whole number from -3 to 3, got 1.5"),
-    "preference_bool": (make_row(overall_preference=True), "overall_preference", "expected a whole number from -3 to 3, got True"),
-    "preference_text": (make_row(overall_preference="-2"), "overall_preference", "expected a whole number from -3 to 3, got '-2'"),
-    "preference_null": (make_row(overall_preference=None), "overall_preference", "expected a whole number from -3 to 3, got None"),
-    "preference_nan": (make_row(overall_preference=float("nan")), "overall_preference", "expected a whole number from -3 to 3, got nan"),
-    "preference_inf": (make_row(overall_preference=float("inf")), "overall_preference", "expected a whole number from -3 to 3, got inf"),
     "nul": (make_row(first="oak\x00elm"), "response1", "holds a NUL or an unpaired surrogate, which is not text"),
     "surrogate": (make_row("\ud83d"), "context[0].content", "holds a NUL or an unpaired surrogate, which is not text"),
-}  # fmt: skip
+} | {
+    f"preference_{value}": (
+        make_row(overall_preference=value),
+        "overall_preference",
+        f"expected a whole number from -3 to 3, got {value!r}",
+    )
+    for value in (4, -4, 1.5, True, False, "-2", None, math.nan, math.inf)
+}
 BAD_LINES = {
     "not_json": (b'{"domain": ', "(row)", "not JSON: Expecting value at column 12"),
     "not_utf8": (b'{"domain": "\xff"}', "(row)", "not UTF-8: invalid start byte at byte 12"),

@@ -13,7 +13,9 @@ from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup
 from helpsteer_rloo.rendering import Renderer
 from tests.data.rows import make_row, turns, write_jsonl
 
-LONG = tuple(Message(t["role"], t["content"]) for t in turns("one two three", "four five", "six seven", "eight", "nine?"))
+LONG = tuple(
+    Message(t["role"], t["content"]) for t in turns("one two three", "four five", "six seven", "eight", "nine?")
+)
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +144,17 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(renderer):
 
 
 def test_no_sequence_is_ever_longer_than_the_limit(renderer):
-    group = group_of(LONG, "oak " * 5, "elm " * 10, "ash " * 30, "pine", labels=((0, 1), (1, 2), (3, 0), (2, 3)))
-    whole = len(renderer.prompt_ids(LONG)) + len(ended(renderer, "ash " * 30))
-    for limit in range(16, whole + 2):
+    texts, labels = ("oak " * 5, "elm " * 10, "ash " * 30, "pine"), ((0, 1), (1, 2), (3, 0), (2, 3))
+    group, prompt = group_of(LONG, *texts, labels=labels), len(renderer.prompt_ids(LONG))
+    pairs = [max(len(ended(renderer, texts[i])) for i in label) for label in labels]
+    for limit in range(16, prompt + max(pairs) + 2):
         made, counts = tokenize(group, renderer, limit)
         kept = [p for g in made for p in g.preferences]
         lengths = [len(g.sequence(i)) for g in made for i in range(len(g.continuation_ids))]
         assert all(length <= limit for length in lengths)
         assert len(kept) + sum(counts.dropped.values()) == 4
         assert all(p.chosen != p.rejected for p in kept)
-        assert counts.over_max_length == 4 - sum(
-            len(renderer.prompt_ids(LONG)) + max(len(ended(renderer, group.continuations[i].text)) for i in (p.chosen, p.rejected))
-            <= limit
-            for p in group.preferences
-        )  # fmt: skip
+        assert counts.over_max_length == sum(prompt + longest > limit for longest in pairs)
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ def test_the_column_of_a_row_that_ends_early_is_that_of_its_end(tmp_path):
 )
 def test_a_damaged_archive_is_refused_by_name(damage, tmp_path):
     path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(damage(gzip.compress("".join(json.dumps({"a": i, "b": "x" * i}) + "\n" for i in range(99)).encode())))
+    path.write_bytes(
+        damage(gzip.compress("".join(json.dumps({"a": i, "b": "x" * i}) + "\n" for i in range(99)).encode()))
+    )
     with pytest.raises(ValueError, match="cannot be read") as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}: cannot be read: ")
@@ -104,7 +106,7 @@ def test_a_parquet_text_that_is_not_utf8_is_refused_by_name(tmp_path):
     path = tmp_path / "rows.parquet"
     not_text = pyarrow.array([b"oak", b"\xff\xfe"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"response1": not_text}), path)
-    with pytest.raises(ValueError, match="UTF-?8|utf-?8") as caught:
+    with pytest.raises(ValueError, match=r"(?i)utf-?8") as caught:
         read(path)
     assert str(path) in str(caught.value)
 
@@ -122,7 +124,14 @@ def test_a_single_file_has_no_split_whatever_its_name(tmp_path):
 
 
 def test_the_files_of_a_directory_are_taken_in_order_with_the_split_their_names_say(tmp_path):
-    names = ["train-00001.parquet", "train-00000.parquet", "Validation.jsonl", "test.jsonl.gz", "dev.jsonl", "extra.jsonl"]
+    names = [
+        "train-00001.parquet",
+        "train-00000.parquet",
+        "Validation.jsonl",
+        "test.jsonl.gz",
+        "dev.jsonl",
+        "extra.jsonl",
+    ]
     for name in [*names, "README.md", "train.csv", "train.json"]:
         (tmp_path / name).write_bytes(b"")
     assert names_and_splits(dataset_name=str(tmp_path)) == [
@@ -191,7 +200,9 @@ def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name, tmp_pa
         (TimeoutError(), "TimeoutError"),
     ],
 )
-def test_a_data_set_that_cannot_be_fetched_is_named_with_the_way_to_pass_a_local_one(error, reason, tmp_path, monkeypatch):
+def test_a_data_set_that_cannot_be_fetched_is_named_with_the_way_to_pass_a_local_one(
+    error, reason, tmp_path, monkeypatch
+):
     def fail(*args, **kwargs):
         raise error
 
@@ -202,7 +213,8 @@ def test_a_data_set_that_cannot_be_fetched_is_named_with_the_way_to_pass_a_local
     assert str(caught.value) == (
         f"Could not fetch the data set 'nvidia/HelpSteer3' (subset 'preference') from the hub: {reason}\n"
         "Check the name and the network, or pass a local copy: --dataset_name PATH, where PATH is a directory with "
-        "preference/train.jsonl.gz and preference/validation.jsonl.gz, or one file ending in .jsonl, .jsonl.gz, .parquet."
+        "preference/train.jsonl.gz and preference/validation.jsonl.gz, or one file ending in "
+        ".jsonl, .jsonl.gz, .parquet."
     )
 
 

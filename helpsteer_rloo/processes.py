@@ -1,0 +1,13 @@
+"""Which of several processes this is, as the launchers (`accelerate launch`, `torchrun`) tell it."""
+
+import os
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files and speaks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_count() -> int:
+    """Processes in the run, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

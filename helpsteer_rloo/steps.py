@@ -1,0 +1,268 @@
+"""The stages of a run: what each depends on, does, and leaves behind."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpsteer_rloo.config import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs, Settings
+from helpsteer_rloo.console import data_table, predictions_table, say, show
+from helpsteer_rloo.data.sources import content_digest, locate
+from helpsteer_rloo.processes import is_main_process
+from helpsteer_rloo.provenance import provenance
+from helpsteer_rloo.run_dir import (
+    HELDOUT_PROMPTS,
+    POLICY_RECORD,
+    REWARD_MODEL_RECORD,
+    RunDir,
+    read_json,
+    write_json,
+    write_text,
+)
+from helpsteer_rloo.stages import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from helpsteer_rloo.data.preparation import Prepared
+    from helpsteer_rloo.rendering import Renderer
+
+PROBES = 16
+"""Held-out sequences whose scores a saved reward model must reproduce."""
+
+_WITHOUT_EFFECT = (
+    "output_dir", "rollouts_dir", "reward_model_path", "sample_predictions", "local_rollout_forward_batch_size",
+    "logging_", "log_", "report_to", "run_name", "save_", "eval_", "per_device_eval_batch_size", "disable_tqdm",
+    "hub_", "push_to_hub", "dataloader_", "project", "trackio_", "num_completions_to_print",
+)  # fmt: skip
+"""Flags, or beginnings of flags, that leave the result as it is; changing them makes no stage run again."""
+
+
+@dataclass(frozen=True)
+class DataContext:
+    """A data set and a tokenizer, loaded when first used and shared by the stages of one process."""
+
+    knobs: DataKnobs
+    model: str
+    revision: str | None
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the model that training starts from."""
+        from helpsteer_rloo.model.loading import load_tokenizer
+
+        return load_tokenizer(self.model, self.revision)
+
+    @cached_property
+    def renderer(self) -> "Renderer":
+        """The rendering that the reward model is trained with."""
+        from helpsteer_rloo.rendering import Renderer
+
+        return Renderer(self.tokenizer, thinking=self.knobs.thinking)
+
+    @cached_property
+    def prepared(self) -> "Prepared":
+        """The data set as groups of tokens, by split."""
+        from helpsteer_rloo.data.preparation import prepare
+
+        return prepare(self.knobs, self.renderer)
+
+
+def data_context(settings: Settings[Any]) -> DataContext:
+    """The data of one stage's settings."""
+    trl = settings.trl
+    return DataContext(settings.own, str(trl["model_name_or_path"]), trl.get("model_revision"))
+
+
+def data_stage(run: RunDir, context: DataContext) -> Stage:
+    """Read, split and tokenize the data; write and print its report."""
+    knobs = {field.name: getattr(context.knobs, field.name) for field in fields(DataKnobs)}
+    digest = content_digest(locate(context.knobs))
+
+    def work() -> dict[str, Any]:
+        report = context.prepared.report
+        write_json(run.data_report, report)
+        show(data_table(report))
+        return {name: report[name] for name in ("rows", "pairs", "prompts", "fingerprint")}
+
+    inputs = {**knobs, "model_name_or_path": context.model, "source_digest": digest}
+    return Stage("data", inputs, work, artefacts=(run.data_report,))
+
+
+def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage:
+    """Train the reward model, save it, and prove in a fresh process that the saved one is the trained one."""
+    directory = Path(settings.own.output_dir)
+
+    def work() -> dict[str, Any]:
+        from helpsteer_rloo.evaluation.reload import check_reload
+        from helpsteer_rloo.model.loading import release
+        from helpsteer_rloo.training.reward import train_reward_model
+
+        prepared = context.prepared
+        probes = [list(g.sequence(i)) for g in prepared.groups["validation"] for i in range(2)][:PROBES]
+        training = train_reward_model(
+            settings, context.tokenizer, prepared.groups["train"], prepared.groups["validation"], probes
+        )
+        release()
+        scores = training.pop("probe_scores")
+        if not is_main_process():
+            return {}
+        difference = check_reload(directory, probes, scores, training["dtype"])
+        say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
+        record = _reward_record(settings, context, training, {"sequences": len(probes), "max_difference": difference})
+        write_text(directory / HELDOUT_PROMPTS, "".join(key + "\n" for key in prepared.heldout_prompts))
+        write_json(directory / REWARD_MODEL_RECORD, record)
+        return {"directory": str(directory), **training, "reload_difference": difference}
+
+    return Stage(
+        "reward_model",
+        _effective(settings),
+        work,
+        artefacts=(directory / REWARD_MODEL_RECORD,),
+        directory=directory,
+        distributed=True,
+    )
+
+
+def _reward_record(
+    settings: Settings[RewardKnobs], context: DataContext, training: Mapping[str, Any], reload: Mapping[str, Any]
+) -> dict[str, Any]:
+    report = context.prepared.report
+    return {
+        "base_model": context.model,
+        "adapter": training["adapter"],
+        "dtype": training["dtype"],
+        "thinking": settings.own.thinking,
+        "rendering": context.renderer.fingerprint(settings.own.max_length),
+        "data": {
+            "source": report["source"],
+            "fingerprint": report["fingerprint"],
+            "pairs": report["splits"]["train"]["pairs"],
+        },
+        "settings": settings.describe(),
+        "training": {name: training[name] for name in ("steps", "train_loss")},
+        "reload": dict(reload),
+        "provenance": provenance(),
+    }
+
+
+def verification_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage:
+    """Score the held-out pairs; print sample predictions; add accuracy and interval to the reward model's record."""
+    directory = Path(settings.own.output_dir)
+    batch_size = int(settings.trl.get("per_device_eval_batch_size", 8))
+
+    def work() -> dict[str, Any]:
+        from helpsteer_rloo.evaluation.cards import reward_model_card
+        from helpsteer_rloo.evaluation.preference import judge, spread_sample, summarize
+        from helpsteer_rloo.model.loading import load_reward_model, release
+
+        model, record = load_reward_model(directory)
+        judgements = judge(model, context.prepared.groups["validation"], batch_size)
+        del model
+        release()
+        sample = [j.to_json() for j in spread_sample(judgements, settings.own.sample_predictions)]
+        show(predictions_table(sample))
+        heldout = summarize(judgements)
+        write_json(directory / REWARD_MODEL_RECORD, {**record, "heldout": heldout, "sample_predictions": sample})
+        write_text(directory / "README.md", reward_model_card({**record, "heldout": heldout}))
+        low, high = heldout["interval"]
+        say(f"Held-out accuracy {heldout['heldout_accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(judgements)} pairs.")
+        return heldout
+
+    return Stage(
+        "verification", {"sample_predictions": settings.own.sample_predictions}, work, needs=("data", "reward_model")
+    )
+
+
+def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext) -> Stage:
+    """Train the policy against the reward model."""
+    directory = Path(settings.own.output_dir)
+
+    def work() -> dict[str, Any]:
+        from helpsteer_rloo.evaluation.cards import policy_card
+        from helpsteer_rloo.model.loading import release
+        from helpsteer_rloo.training.policy import train_policy
+
+        training = train_policy(settings, context.tokenizer, context.prepared.corpus.groups["train"])
+        release()
+        if not is_main_process():
+            return {}
+        record = {
+            "base_model": context.model,
+            "adapter": training["adapter"],
+            "dtype": training["dtype"],
+            "reward_model": settings.own.reward_model_path,
+            "settings": settings.describe(),
+            "training": training,
+            "provenance": provenance(),
+        }
+        write_text(directory / "README.md", policy_card(record))
+        write_json(directory / POLICY_RECORD, record)
+        return {"directory": str(directory), **training}
+
+    inputs = {**_effective(settings), "reward_model": _digest(Path(settings.own.reward_model_path))}
+    return Stage(
+        "rloo",
+        inputs,
+        work,
+        artefacts=(directory / POLICY_RECORD,),
+        directory=directory,
+        distributed=True,
+        needs=("data", "reward_model"),
+    )
+
+
+def evaluation_stage(
+    run: RunDir,
+    own: PipelineKnobs,
+    settings: Settings[RLOOKnobs],
+    context: DataContext,
+    gold: Callable[[str, str, bool], float] | None,
+) -> Stage:
+    """Sample the untrained and the trained policy on held-out prompts with the same seeds, and compare."""
+    inputs = {"evaluation_prompts": own.evaluation_prompts, "evaluation_batch_size": own.evaluation_batch_size}
+
+    def work() -> dict[str, Any]:
+        from helpsteer_rloo.data.preparation import rollout_prompts
+        from helpsteer_rloo.evaluation.policy import EvaluationKnobs, PolicyPair, evaluate_policy
+
+        record = read_json(Path(settings.own.output_dir) / POLICY_RECORD) or {}
+        reward_record = read_json(Path(settings.own.reward_model_path) / REWARD_MODEL_RECORD) or {}
+        counts: Counter[str] = Counter()
+        room = reward_record["rendering"]["max_length"] - settings.own.response_length
+        heldout = context.prepared.corpus.groups["validation"]
+        groups = rollout_prompts(heldout, context.renderer, room, counts)[: own.evaluation_prompts]
+        knobs = EvaluationKnobs(
+            max_new_tokens=settings.own.response_length,
+            temperature=float(settings.trl.get("temperature", 1.0)),
+            top_p=float(settings.trl.get("top_p", 1.0)),
+            top_k=int(settings.trl.get("top_k", 0)),
+            batch_size=own.evaluation_batch_size,
+            seed=own.seed,
+        )
+        pair = PolicyPair(context.model, Path(settings.own.output_dir), record["adapter"], record["dtype"])
+        result, samples = evaluate_policy(pair, settings.own.reward_model_path, context.tokenizer, groups, knobs, gold)
+        write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        return result
+
+    return Stage("evaluation", inputs, work, artefacts=(run.samples,), needs=("data", "rloo"))
+
+
+def _effective(settings: Settings[Any]) -> dict[str, Any]:
+    """The settings that decide a stage's result; the data's own are inputs of the data stage."""
+    data = {field.name for field in fields(DataKnobs)}
+    described = settings.describe()
+    return {k: v for k, v in described.items() if not k.startswith(_WITHOUT_EFFECT) and k not in data}
+
+
+def _digest(directory: Path) -> str | None:
+    """Identity of a finished reward model, apart from its verification."""
+    record = read_json(directory / REWARD_MODEL_RECORD)
+    if record is None:
+        return None
+    kept = {name: record[name] for name in ("rendering", "data", "training", "reload")}
+    return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
