@@ -1,6 +1,7 @@
 """The `helpsteer-rloo` command, and the functions behind the three scripts. Parsing comes before heavy imports."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -32,6 +33,7 @@ def main() -> None:
     if arguments and arguments[0] == "--version":
         print(f"helpsteer-rloo {__version__}")
     elif not arguments or arguments[0] in ("-h", "--help"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `helpsteer-rloo --help | head` ends quietly
         print(_usage())
     elif arguments[0] in COMMANDS:
         _DISPATCH[arguments[0]](arguments[1:])
@@ -52,7 +54,8 @@ def _usage() -> str:
 
 def train_reward_model(argv: list[str] | None = None) -> None:
     """`reward_model_training.py`."""
-    from helpsteer_rloo.config import REWARD, parse_command
+    from helpsteer_rloo.config import REWARD
+    from helpsteer_rloo.parsing import parse_command
 
     settings = parse_command(REWARD, argv)
 
@@ -66,7 +69,8 @@ def train_reward_model(argv: list[str] | None = None) -> None:
 
 def train_policy(argv: list[str] | None = None) -> None:
     """`rloo_helpsteer_training.py`."""
-    from helpsteer_rloo.config import RLOO, parse_command
+    from helpsteer_rloo.config import RLOO
+    from helpsteer_rloo.parsing import parse_command
 
     settings = parse_command(RLOO, argv)
 
@@ -80,7 +84,7 @@ def train_policy(argv: list[str] | None = None) -> None:
 
 def run_pipeline(argv: list[str] | None = None) -> None:
     """`train_pipeline.py`."""
-    from helpsteer_rloo.config import parse_pipeline
+    from helpsteer_rloo.parsing import parse_pipeline
 
     settings = parse_pipeline(argv)
 

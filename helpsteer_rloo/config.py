@@ -1,18 +1,12 @@
-"""Every knob of the three commands: dataclasses, defaults, and the reading of flags and YAML into them.
+"""Every knob of the three commands: dataclasses, defaults, and the checking of values against them."""
 
-Precedence, weakest first: TRL's own default, this project's default, the `--config` file, the command line.
-"""
-
-import argparse
 import dataclasses
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from helpsteer_rloo.flags import Flag, FlagParser, FlagValue, own_flags, read_yaml, trl_flags, unknown_name
+from helpsteer_rloo.flags import Flag, FlagValue, own_flags, trl_flags, unknown_name
 
 DEFAULT_MODEL = "Qwen/Qwen3-8B"
 DEFAULT_REWARD_MODEL_DIR = "models/qwen3_8b_reward_model"
@@ -171,6 +165,10 @@ class CommandSpec(Generic[Knobs]):
     aliases: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    def flag_names(self) -> list[str]:
+        """Names of all flags of the command."""
+        return [flag.name for section in self.flags().values() for flag in section]
+
     def flags(self) -> dict[str, list[Flag]]:
         """The command's flags by section of the help."""
         own = own_flags(self.knobs)
@@ -189,10 +187,10 @@ class CommandSpec(Generic[Knobs]):
         if name in self.refused:
             return f"{name} cannot be set here: {self.refused[name]}"
         if not self.trl_classes:
-            stages = [stage for stage, command in SECTIONS.items() if name in _flag_names(command)]
+            stages = [stage for stage, command in SECTIONS.items() if name in command.flag_names()]
             if stages:
                 return f"{name} belongs to a stage: give " + " or ".join(f"--{stage}.{name}" for stage in stages)
-        known = [*_flag_names(self), *(["config"] if what == "flag" else [])]
+        known = [*self.flag_names(), *(["config"] if what == "flag" else [])]
         return unknown_name(name, known, what)
 
     def resolve(self, *layers: Mapping[str, FlagValue], source: str = "configuration") -> Settings[Knobs]:
@@ -302,137 +300,3 @@ class PipelineSettings:
     def run_dir(self) -> str:
         """Directory of the run's record."""
         return self.own.output_dir or f"runs/{self.own.name}"
-
-
-def parse_command(command: CommandSpec[Knobs], argv: Sequence[str] | None = None) -> Settings[Knobs]:
-    """Read the command line, and the file given as --config, into settings; mistakes end the program with status 2."""
-    parser = _parser(command)
-    given = parser.parse_given(sys.argv[1:] if argv is None else argv)
-    try:
-        content, source = _read_config(given)
-        command.resolve(content, source=source)
-        return command.resolve(content, given, source="command line")
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.program) -> PipelineSettings:
-    """Read the pipeline's command line and --config file; mistakes end the program with status 2."""
-    parser = _parser(dataclasses.replace(PIPELINE, program=program))
-    main_argv, section_argv = _split_sections(sys.argv[1:] if argv is None else argv)
-    given = parser.parse_given(main_argv)
-    sections = {name: _parser(command).parse_given(section_argv[name]) for name, command in SECTIONS.items()}
-    try:
-        content, source = _read_config(given)
-        return pipeline_settings(content, given, sections, source)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def pipeline_settings(
-    content: Mapping[str, FlagValue],
-    given: Mapping[str, FlagValue],
-    sections: Mapping[str, Mapping[str, FlagValue]] | None = None,
-    source: str = "configuration",
-) -> PipelineSettings:
-    """Settings of a run from a file's `content`, the main flags `given`, and the flags given for single `sections`.
-
-    What the stages share (data, model, seed, LoRA) is handed down. Precedence, weakest first: the file's main part,
-    the file's section of the stage, main flags given, flags given for the stage.
-
-    Raises:
-        ValueError: as `CommandSpec.resolve`.
-    """
-    main = {key: value for key, value in content.items() if key not in SECTIONS}
-    PIPELINE.resolve(main, source=source)
-    own = PIPELINE.resolve(main, given, source="command line").own
-    stages: dict[str, Settings[Any]] = {}
-    for name, command in SECTIONS.items():
-        section, of_stage = content.get(name) or {}, (sections or {}).get(name, {})
-        if not isinstance(section, Mapping):
-            raise ValueError(f"{source}: {name}: expected a mapping from flag names to values.")
-        _refuse_handed_down(name, [*section, *of_stage])
-        command.resolve(section, source=f"{source}: {name}")
-        stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
-    return PipelineSettings(own, stages["reward"], stages["rloo"])
-
-
-def _refuse_handed_down(stage: str, names: Sequence[str]) -> None:
-    """Refuse what a stage's section cannot change: its directories, and for RLOO the data, which the stages share."""
-    owners = {"output_dir": "--reward_model_dir" if stage == "reward" else "--policy_dir"}
-    owners |= {"rollouts_dir": "--output_dir", "reward_model_path": "--reward_model_dir"}
-    if stage == "rloo":
-        owners |= {field.name: f"--{field.name}" for field in fields(DataKnobs)}
-    for name in names:
-        if name in owners:
-            raise ValueError(f"--{stage}.{name} cannot be set: the stages share it; give {owners[name]} instead.")
-
-
-def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str]:
-    """Take `config` out of the flags given; return the file's content and its name."""
-    file = given.pop("config", None)
-    return (read_yaml(Path(file)), str(file)) if file else ({}, "configuration")
-
-
-def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, tuple[str, FlagValue]]:
-    """What the pipeline hands down to a stage: for each of its flags, the main flag it comes from, and the value."""
-    shared: dict[str, tuple[str, FlagValue]] = {f.name: (f.name, getattr(own, f.name)) for f in fields(DataKnobs)}
-    shared |= {name: (name, getattr(own, name)) for name in ("model_name_or_path", "seed", "use_peft")}
-    everything = own.output_dir
-    reward_dir = own.reward_model_dir or (f"{everything}/reward_model" if everything else DEFAULT_REWARD_MODEL_DIR)
-    policy_dir = own.policy_dir or (f"{everything}/policy" if everything else DEFAULT_POLICY_DIR)
-    rollouts_dir = f"{everything or f'runs/{own.name}'}/rollouts"
-    if stage == "reward":
-        shared |= {
-            "output_dir": ("reward_model_dir", reward_dir),
-            "per_device_train_batch_size": ("reward_batch_size", own.reward_batch_size),
-            "num_train_epochs": ("reward_epochs", own.reward_epochs),
-        }
-    else:
-        shared |= {
-            "output_dir": ("policy_dir", policy_dir),
-            "rollouts_dir": ("output_dir", rollouts_dir),
-            "reward_model_path": ("reward_model_dir", reward_dir),
-            "per_device_train_batch_size": ("rloo_batch_size", own.rloo_batch_size),
-            "total_episodes": ("total_episodes", own.total_episodes),
-        }
-    return {name: (source, value) for name, (source, value) in shared.items() if value is not None}
-
-
-_DIRECTORIES = ("output_dir", "rollouts_dir", "reward_model_path")
-
-
-def _stage_settings(
-    own: PipelineKnobs, given: Mapping[str, FlagValue], section: Mapping[str, FlagValue], name: str
-) -> dict[str, FlagValue]:
-    """Values for one stage: handed down, overridden by the file's section, overridden by main flags given."""
-    shared = _shared_flags(own, name)
-    below = {flag: value for flag, (_, value) in shared.items()}
-    above = {flag: value for flag, (source, value) in shared.items() if source in given or flag in _DIRECTORIES}
-    return {**below, **section, **above}
-
-
-def _parser(command: CommandSpec[Any]) -> FlagParser:
-    parser = FlagParser(command.program, command.description, command.flags(), command.explain_unknown)
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins."
-    )
-    return parser
-
-
-def _flag_names(command: CommandSpec[Any]) -> list[str]:
-    return [flag.name for section in command.flags().values() for flag in section]
-
-
-def _split_sections(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Separate `--reward.x 1` and `--rloo.y 2` from the rest, each with the values that follow it."""
-    main: list[str] = []
-    sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
-    target = main
-    for token in argv:
-        if token.startswith("--"):
-            name, dot, rest = token[2:].partition(".")
-            target = sections[name] if dot and name in sections else main
-            token = f"--{rest}" if target is not main else token
-        target.append(token)
-    return main, sections

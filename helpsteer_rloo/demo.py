@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.config import PipelineSettings, pipeline_settings
+from helpsteer_rloo.config import PipelineSettings
 from helpsteer_rloo.data.demo import DemoBaseSettings, gold, write_rows
 from helpsteer_rloo.flags import read_yaml, unknown_name
+from helpsteer_rloo.parsing import pipeline_settings
 from helpsteer_rloo.pipeline import run_pipeline
 from helpsteer_rloo.stages import Stage
 

@@ -20,12 +20,10 @@ from helpsteer_rloo.config import (
     DataKnobs,
     PipelineKnobs,
     RLOOKnobs,
-    parse_command,
-    parse_pipeline,
-    pipeline_settings,
 )
 from helpsteer_rloo.demo import demo_settings
 from helpsteer_rloo.flags import read_yaml, trl_flags, unknown_name
+from helpsteer_rloo.parsing import parse_command, parse_pipeline, pipeline_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ("TrainingArguments", "BaseConfig")
@@ -257,6 +255,25 @@ def test_a_flag_of_one_stage_leaves_the_other_alone():
     assert (settings.own.seed, settings.reward.trl["seed"], settings.rloo.trl["seed"]) == (7, 7, 9)
 
 
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("reward.output_dir", "--reward_model_dir"),
+        ("rloo.output_dir", "--policy_dir"),
+        ("rloo.rollouts_dir", "--output_dir"),
+        ("rloo.reward_model_path", "--reward_model_dir"),
+        ("rloo.max_length", "--max_length"),
+        ("rloo.thinking", "--thinking"),
+        ("rloo.dataset_name", "--dataset_name"),
+    ],
+)
+def test_what_the_stages_share_is_set_for_all_of_them(flag, instead, write, refused):
+    expected = f"--{flag} cannot be set: the stages share it; give {instead} instead."
+    assert expected in refused(parse_pipeline, [f"--{flag}", "1"])
+    section, name = flag.split(".")
+    assert expected in refused(parse_pipeline, ["--config", write(f"{section}: {{{name}: 1}}\n")])
+
+
 def test_stage_flags_take_all_the_values_that_follow_them():
     settings = parse_pipeline(["--rloo.lora_target_modules", "q_proj", "v_proj", "--name", "x", "--use_peft"])
     assert settings.rloo.trl["lora_target_modules"] == ["q_proj", "v_proj"]
@@ -476,6 +493,25 @@ def test_every_field_of_trls_classes_is_a_flag_or_refused_with_a_reason(command)
     for config in (getattr(trl, command.trl_classes[2]), trl.ModelConfig):
         for field in dataclasses.fields(config):
             assert field.name in known or field.name in command.refused, field.name
+
+
+@pytest.mark.parametrize("command", [REWARD, RLOO])
+def test_trls_own_defaults_are_values_that_a_file_may_give(command):
+    import trl
+
+    flags = {flag.name: flag for section in command.flags().values() for flag in section}
+    own = {field.name for field in dataclasses.fields(command.knobs)}
+    plain = [
+        field
+        for config in (getattr(trl, command.trl_classes[2]), trl.ModelConfig)
+        for field in dataclasses.fields(config)
+        if field.name in flags.keys() - own and isinstance(field.default, (bool, int, float, str, type(None)))
+    ]
+    assert len(plain) > 100
+    same = {"include_num_input_tokens_seen": ["no", False]}  # TRL takes either for the other.
+    for field in plain:
+        taken = flags[field.name].from_yaml(field.default)
+        assert taken in same.get(field.name, [field.default, [field.default]]), field.name
 
 
 @pytest.mark.parametrize("command", [REWARD, RLOO])

@@ -1,10 +1,13 @@
 """Loading of tokenizers, policies and reward models, from a directory or the hub, with messages for users."""
 
 import gc
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, read_json
 
@@ -35,20 +39,6 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def check_model_is_there(name: str, revision: str | None = None) -> None:
-    """Fail early, before any long work, when a model's configuration cannot be fetched.
-
-    Raises:
-        ValueError: it cannot be fetched or read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("model", name, error)) from None
-
-
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
@@ -58,10 +48,8 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
 
 
 def accelerator() -> torch.device:
-    """The device that work runs on: the current GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """The device of this process: its own GPU under a launcher, the only one without, or the CPU."""
+    return PartialState().device
 
 
 def has_bf16() -> bool:
@@ -83,6 +71,21 @@ def weight_dtype(use_peft: bool, asked: str | None = None) -> torch.dtype:
     return torch.bfloat16 if use_peft and has_bf16() else torch.float32
 
 
+def read_reward_record(directory: str | Path) -> dict[str, Any]:
+    """The record of a finished reward model.
+
+    Raises:
+        ValueError: the directory is not a reward model that this project finished.
+    """
+    record = read_json(Path(directory) / REWARD_MODEL_RECORD)
+    if record is None:
+        raise ValueError(
+            f"{directory}: no {REWARD_MODEL_RECORD} here, so this is not a reward model that reward_model_training.py "
+            "finished. Train one first, or give its directory with --reward_model_path."
+        )
+    return record
+
+
 def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
     """Load a reward model this project trained, with its record, ready for scoring.
 
@@ -90,23 +93,29 @@ def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
         ValueError: the directory is not a reward model of this project, or its base model cannot be fetched.
     """
     directory = Path(directory)
-    record = read_json(directory / REWARD_MODEL_RECORD)
-    if record is None:
-        raise ValueError(
-            f"{directory}: no {REWARD_MODEL_RECORD} here, so this is not a reward model that reward_model_training.py "
-            "finished. Train one first, or give its directory with --reward_model_path."
-        )
+    record = read_reward_record(directory)
     dtype = getattr(torch, record["dtype"])
     try:
         if record["adapter"]:
             base = str(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path)
-            model: Model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+            with _without_load_report():  # the base has no `score` head; the adapter brings it
+                model: Model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
             model = PeftModel.from_pretrained(model, str(directory))
         else:
             model = AutoModelForSequenceClassification.from_pretrained(str(directory), num_labels=1, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("reward model", str(directory), error)) from None
     return _ready(model), record
+
+
+@contextmanager
+def _without_load_report() -> Generator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_policy(name: str | Path, dtype: torch.dtype, adapter: str | Path | None = None) -> Model:

@@ -11,7 +11,7 @@ from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.data.preparation import rollout_prompts
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
-from helpsteer_rloo.model.loading import load_reward_model
+from helpsteer_rloo.model.loading import load_reward_model, read_reward_record
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import MINIMUM_ROOM, Renderer
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
@@ -41,15 +41,16 @@ def train_policy(
         ValueError: the reward model is missing, renders text differently, or leaves no room for a completion.
     """
     own = settings.own
-    reward_model, record = load_reward_model(own.reward_model_path)
+    record = read_reward_record(own.reward_model_path)
+    args = rloo_args(settings, record)  # before any model, since it decides which device is this process's
     renderer = check_rendering(record, tokenizer)
     counts: Counter[str] = Counter()
     groups = training_prompts(settings, renderer, record, prompts, counts)
     config = build_model_config(settings, task_type="CAUSAL_LM")
-    args = rloo_args(settings, record)
     kwargs = model_init_kwargs(config, args.model_init_kwargs, settings.trl.get("dtype"))
     args.model_init_kwargs = kwargs
     adapter, quantization = peft_and_quantization(config)
+    reward_model, _ = load_reward_model(own.reward_model_path)
     trainer = RLOOTrainer(
         model=config.model_name_or_path,
         reward_funcs=RewardModelScorer(
