@@ -49,7 +49,7 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
 
 def accelerator() -> torch.device:
     """The device of this process: its own GPU under a launcher, the only one without, or the CPU."""
-    return PartialState().device
+    return cast(torch.device, PartialState().device)
 
 
 def has_bf16() -> bool:
