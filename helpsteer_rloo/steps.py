@@ -49,13 +49,14 @@ class DataContext:
     knobs: DataKnobs
     model: str
     revision: str | None
+    trust_remote_code: bool
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer of the model that training starts from."""
         from helpsteer_rloo.model.loading import load_tokenizer
 
-        return load_tokenizer(self.model, self.revision)
+        return load_tokenizer(self.model, self.revision, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def renderer(self) -> "Renderer":
@@ -75,7 +76,9 @@ class DataContext:
 def data_context(settings: Settings[Any]) -> DataContext:
     """The data of one stage's settings."""
     trl = settings.trl
-    return DataContext(settings.own, str(trl["model_name_or_path"]), trl.get("model_revision"))
+    return DataContext(
+        settings.own, str(trl["model_name_or_path"]), trl.get("model_revision"), bool(trl.get("trust_remote_code"))
+    )
 
 
 def data_stage(run: RunDir, context: DataContext) -> Stage:
@@ -89,7 +92,8 @@ def data_stage(run: RunDir, context: DataContext) -> Stage:
         show(data_table(report))
         return {name: report[name] for name in ("rows", "pairs", "prompts", "fingerprint")}
 
-    inputs = {**knobs, "model_name_or_path": context.model, "source_digest": digest}
+    inputs = {**knobs, "model_name_or_path": context.model, "model_revision": context.revision}
+    inputs["source_digest"] = digest
     return Stage("data", inputs, work, artefacts=(run.data_report,))
 
 
@@ -111,7 +115,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
         scores = training.pop("probe_scores")
         if not is_main_process():
             return {}
-        difference = check_reload(directory, probes, scores, training["dtype"])
+        difference = check_reload(directory, probes, scores, training["base"])
         say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
         record = _reward_record(settings, context, training, {"sequences": len(probes), "max_difference": difference})
         write_text(directory / HELDOUT_PROMPTS, "".join(key + "\n" for key in prepared.heldout_prompts))
@@ -134,8 +138,8 @@ def _reward_record(
     report = context.prepared.report
     return {
         "base_model": context.model,
+        "base": training["base"],
         "adapter": training["adapter"],
-        "dtype": training["dtype"],
         "thinking": settings.own.thinking,
         "rendering": context.renderer.fingerprint(settings.own.max_length),
         "data": {
@@ -193,8 +197,8 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext) -> Stage:
             return {}
         record = {
             "base_model": context.model,
+            "base": training["base"],
             "adapter": training["adapter"],
-            "dtype": training["dtype"],
             "reward_model": settings.own.reward_model_path,
             "settings": settings.describe(),
             "training": training,
@@ -229,6 +233,7 @@ def evaluation_stage(
     def work() -> dict[str, Any]:
         from helpsteer_rloo.data.preparation import rollout_prompts
         from helpsteer_rloo.evaluation.policy import EvaluationKnobs, PolicyPair, evaluate_policy
+        from helpsteer_rloo.model.loading import Base
 
         record = read_json(Path(settings.own.output_dir) / POLICY_RECORD) or {}
         reward_record = read_json(Path(settings.own.reward_model_path) / REWARD_MODEL_RECORD) or {}
@@ -244,7 +249,7 @@ def evaluation_stage(
             batch_size=own.evaluation_batch_size,
             seed=own.seed,
         )
-        pair = PolicyPair(context.model, Path(settings.own.output_dir), record["adapter"], record["dtype"])
+        pair = PolicyPair(Base(**record["base"]), Path(settings.own.output_dir), record["adapter"])
         result, samples = evaluate_policy(pair, settings.own.reward_model_path, context.tokenizer, groups, knobs, gold)
         write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
         return result

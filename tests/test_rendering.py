@@ -172,6 +172,14 @@ def test_text_that_spells_control_tokens_stays_text_in_a_response(marker, render
         assert renderer.continuation_ids(text, ended=True) == (*ids, renderer.end_of_turn_id)
 
 
+def test_control_tokens_that_overlap_each_other_in_a_text_stay_text_too(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["[a][b", "[b]"])
+    ids = Renderer(other).continuation_ids("x[a][b]y", ended=False)
+    assert not set(other.added_tokens_decoder) & set(ids)
+    assert decode(other, ids) == "x[a][b]y"
+
+
 def test_tokenizing_such_text_as_it_stands_would_have_made_control_tokens(tokenizer, control_ids):
     assert all(control_ids & set(tokenizer(m, add_special_tokens=False)["input_ids"]) for m in MARKERS)
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import completion_log_probs, score_sequences
-from helpsteer_rloo.model.loading import Model, end_ids, load_policy, load_reward_model, release
+from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load_reward_model, release
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample
 from helpsteer_rloo.statistics import mean, proportion
 
@@ -23,10 +22,9 @@ Gold = Callable[[str, str, bool], float]
 class PolicyPair:
     """What is compared: the starting model, the directory of the trained policy, and whether that is an adapter."""
 
-    base: str
+    base: Base
     trained: Path
     adapter: bool
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,12 @@ def evaluate_policy(
 @contextmanager
 def _loaded(pair: PolicyPair, *, trained: bool) -> Generator[Model]:
     """One of the two policies, in memory for as long as the context lasts."""
-    dtype = getattr(torch, pair.dtype)
-    if pair.adapter:
-        yield load_policy(pair.base, dtype, adapter=pair.trained if trained else None)
+    if not trained:
+        yield load_policy(pair.base)
+    elif pair.adapter:
+        yield load_policy(pair.base, adapter=pair.trained)
     else:
-        yield load_policy(pair.trained if trained else pair.base, dtype)
+        yield load_policy(replace(pair.base, name=str(pair.trained), revision=None))
     release()
 
 

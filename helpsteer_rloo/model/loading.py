@@ -1,19 +1,22 @@
 """Loading of tokenizers, policies and reward models, from a directory or the hub, with messages for users."""
 
+import dataclasses
 import gc
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +27,32 @@ from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, read_json
 Model = PreTrainedModel | PeftModel
 
 
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Where a model comes from and how its weights are held; `asdict` of it is stored with what is trained from it.
+
+    `dtype` is the name of a torch type; `quantization` is transformers' quantization configuration as a dictionary.
+    """
+
+    name: str
+    dtype: str = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`, besides the name."""
+        kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
+        if self.revision is not None:
+            kwargs["revision"] = self.revision
+        if self.quantization is not None:
+            kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(dict(self.quantization))
+        return kwargs
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer; a missing pad token becomes the end-of-sequence token.
 
     Raises:
@@ -94,15 +122,15 @@ def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
     """
     directory = Path(directory)
     record = read_reward_record(directory)
-    dtype = getattr(torch, record["dtype"])
+    base = Base(**record["base"])
+    loader = AutoModelForSequenceClassification.from_pretrained
     try:
         if record["adapter"]:
-            base = str(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path)
             with _without_load_report():  # the base has no `score` head; the adapter brings it
-                model: Model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+                model: Model = loader(base.name, num_labels=1, **base.load_kwargs())
             model = PeftModel.from_pretrained(model, str(directory))
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(str(directory), num_labels=1, dtype=dtype)
+            model = loader(str(directory), num_labels=1, **dataclasses.replace(base, revision=None).load_kwargs())
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("reward model", str(directory), error)) from None
     return _ready(model), record
@@ -118,23 +146,25 @@ def _without_load_report() -> Generator[None]:
         logging.set_verbosity(verbosity)
 
 
-def load_policy(name: str | Path, dtype: torch.dtype, adapter: str | Path | None = None) -> Model:
+def load_policy(base: Base, adapter: str | Path | None = None) -> Model:
     """Load a causal language model for sampling, with a LoRA adapter on it if one is given.
 
     Raises:
         ValueError: it cannot be fetched or read.
     """
     try:
-        model: Model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
+        model: Model = AutoModelForCausalLM.from_pretrained(base.name, **base.load_kwargs())
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("model", str(name), error)) from None
+        raise ValueError(_cannot_load("model", base.name, error)) from None
     return _ready(model)
 
 
 def _ready(model: Model) -> Model:
-    return cast(Model, cast(nn.Module, model).to(accelerator()).eval())
+    module = cast(nn.Module, model)
+    quantized = getattr(model, "quantization_method", None) is not None  # placed by its loader, and not to be moved
+    return cast(Model, (module if quantized else module.to(accelerator())).eval())
 
 
 def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,6 +1,7 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +19,7 @@ from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
-from helpsteer_rloo.training.trl_configs import (
-    build_args,
-    build_model_config,
-    model_init_kwargs,
-    peft_and_quantization,
-)
+from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
 def train_policy(
@@ -35,7 +31,7 @@ def train_policy(
     at turn boundaries, and both are counted.
 
     Returns:
-        `steps`, `prompts` (counts by reason), `adapter`, `dtype` and the last logged metrics.
+        `steps`, `prompts` (counts by reason), `base`, `adapter` and the last logged metrics.
 
     Raises:
         ValueError: the reward model is missing, renders text differently, or leaves no room for a completion.
@@ -46,21 +42,19 @@ def train_policy(
     renderer = check_rendering(record, tokenizer)
     counts: Counter[str] = Counter()
     groups = training_prompts(settings, renderer, record, prompts, counts)
-    config = build_model_config(settings, task_type="CAUSAL_LM")
-    kwargs = model_init_kwargs(config, args.model_init_kwargs, settings.trl.get("dtype"))
-    args.model_init_kwargs = kwargs
-    adapter, quantization = peft_and_quantization(config)
+    setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
+    args.model_init_kwargs = setup.init_kwargs
     reward_model, _ = load_reward_model(own.reward_model_path)
     trainer = RLOOTrainer(
-        model=config.model_name_or_path,
+        model=setup.base.name,
         reward_funcs=RewardModelScorer(
             reward_model, batch_size=own.local_rollout_forward_batch_size, max_length=record["rendering"]["max_length"]
         ),
         args=args,
         train_dataset=_prompt_dataset(groups),
         processing_class=tokenizer,
-        quantization_config=quantization,
-        peft_config=adapter,
+        quantization_config=setup.quantization,
+        peft_config=setup.peft,
     )
     checkpoint = latest_checkpoint(Path(own.output_dir))
     if trainer.accelerator.is_main_process and args.rollouts_dir:
@@ -71,8 +65,8 @@ def train_policy(
         "steps": trainer.state.global_step,
         "episodes": trainer.state.global_step * _episodes_a_step(args, own),
         "prompts": dict(counts),
-        "adapter": adapter is not None,
-        "dtype": kwargs["dtype"],
+        "base": asdict(setup.base),
+        "adapter": setup.peft is not None,
         "last_metrics": _last_metrics(trainer.state.log_history),
     }
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,7 @@ from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import scalar_head, score_sequences
 from helpsteer_rloo.run_dir import latest_checkpoint
-from helpsteer_rloo.training.trl_configs import (
-    build_args,
-    build_model_config,
-    model_init_kwargs,
-    peft_and_quantization,
-)
+from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -103,33 +99,31 @@ def train_reward_model(
         probes: Token sequences whose scores are returned, to be compared with those of the saved model.
 
     Returns:
-        `steps`, `train_loss`, `dtype`, `adapter`, and `probe_scores`.
+        `steps`, `train_loss`, `base`, `adapter`, and `probe_scores`.
     """
-    config = build_model_config(settings, task_type="SEQ_CLS")
     args = build_args(trl.RewardConfig, settings, output_dir=settings.own.output_dir, max_length=None)
-    kwargs = model_init_kwargs(config, args.model_init_kwargs, settings.trl.get("dtype"))
-    args.model_init_kwargs = kwargs
-    adapter, quantization = peft_and_quantization(config)
+    setup = build_model_setup(settings, args, task_type="SEQ_CLS")
+    args.model_init_kwargs = setup.init_kwargs
     trainer = RewardTrainer(
-        model=config.model_name_or_path,
+        model=setup.base.name,
         args=args,
         train_dataset=pair_dataset(train),
         eval_dataset=pair_dataset(validation) if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        quantization_config=quantization,
-        peft_config=adapter,
+        quantization_config=setup.quantization,
+        peft_config=setup.peft,
     )
     checkpoint = latest_checkpoint(Path(settings.own.output_dir))
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    to_stored_dtype(model, kwargs["dtype"])
+    to_stored_dtype(model, setup.base.dtype)
     trainer.save_model(settings.own.output_dir)
     scores = score_sequences(model, probes, batch_size=1)
     return {
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
-        "dtype": kwargs["dtype"],
-        "adapter": adapter is not None,
+        "base": asdict(setup.base),
+        "adapter": setup.peft is not None,
         "probe_scores": scores,
     }
 

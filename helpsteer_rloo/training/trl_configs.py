@@ -1,16 +1,16 @@
 """From the values of flags to TRL's configuration objects."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import torch
 from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from helpsteer_rloo.config import Knobs, Settings
-from helpsteer_rloo.model.loading import has_bf16, weight_dtype
+from helpsteer_rloo.model.loading import Base, has_bf16, weight_dtype
 
 Args = TypeVar("Args", bound=TrainingArguments)
 
@@ -24,31 +24,38 @@ def build_args(config_class: type[Args], settings: Settings[Knobs], **fixed: Any
     return config_class(**{**values, **fixed})
 
 
-def build_model_config(settings: Settings[Knobs], task_type: str) -> ModelConfig:
-    """TRL's model configuration, with LoRA on every linear layer unless `lora_target_modules` says otherwise."""
+@dataclass(frozen=True)
+class ModelSetup:
+    """The model a training starts from: its base, and what TRL's trainers take to load and adapt it."""
+
+    base: Base
+    init_kwargs: dict[str, Any]
+    peft: PeftConfig | None
+    quantization: Any
+
+
+def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> ModelSetup:
+    """The base and adapter that the flags ask for, with LoRA on every linear layer unless they say otherwise."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     values = {key: value for key, value in settings.trl.items() if key in names}
+    values["dtype"] = str(weight_dtype(bool(values.get("use_peft")), values.get("dtype"))).removeprefix("torch.")
     values["lora_task_type"] = task_type
     config = ModelConfig(**values)
-    if config.model_name_or_path and Path(config.model_name_or_path).is_dir():
-        # An adapter records where its base is; an absolute path can be loaded from any working directory.
-        config.model_name_or_path = str(Path(config.model_name_or_path).resolve())
     if config.lora_target_modules is None:
-        config.lora_target_modules = "all-linear"  # type: ignore[assignment]
-    return config
+        config.lora_target_modules = cast(Any, "all-linear")
+    quantization = get_quantization_config(config)
+    base = Base(
+        name=_resolved(str(config.model_name_or_path)),
+        dtype=str(config.dtype),
+        revision=settings.trl.get("model_revision"),
+        trust_remote_code=bool(settings.trl.get("trust_remote_code")),
+        quantization=quantization.to_dict() if quantization is not None else None,
+    )
+    kwargs = {"revision": base.revision or "main", "attn_implementation": config.attn_implementation}
+    kwargs |= {"dtype": base.dtype, **(args.model_init_kwargs or {})}
+    return ModelSetup(base, kwargs, get_peft_config(config), quantization)
 
 
-def model_init_kwargs(config: ModelConfig, given: Any, asked_dtype: str | None) -> dict[str, Any]:
-    """Keyword arguments for loading the base model."""
-    dtype: torch.dtype = weight_dtype(config.use_peft, asked_dtype)
-    kwargs = {
-        "revision": config.model_revision,
-        "attn_implementation": config.attn_implementation,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    return {**kwargs, **(given or {})}
-
-
-def peft_and_quantization(config: ModelConfig) -> tuple[PeftConfig | None, Any]:
-    """The adapter to train, if any, and the quantization of the base, if any."""
-    return get_peft_config(config), get_quantization_config(config)
+def _resolved(name: str) -> str:
+    """An adapter records where its base is; an absolute path can be loaded from any working directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -277,6 +277,18 @@ def test_a_change_of_any_row_that_is_used_changes_the_fingerprint(change, source
     assert fingerprints[0] != fingerprints[1]
 
 
+def test_no_prompt_is_in_two_splits_after_the_cut_either(tmp_path, renderer):
+    def long(first, second):
+        return turns("one two three four five " * 6 + first, second, "continue")
+
+    train = [make_row(context=long("a", "b")), make_row("other")]
+    write_jsonl(tmp_path / "train.jsonl", train)
+    write_jsonl(tmp_path / "validation.jsonl", [make_row(context=long("x", "y"))])
+    groups = prepare(DataKnobs(dataset_name=str(tmp_path), max_length=64), renderer).groups
+    assert [g.prompt[-1].content for g in groups["validation"]] == ["continue"]
+    assert not {g.prompt_ids for g in groups["train"]} & {g.prompt_ids for g in groups["validation"]}
+
+
 def test_limits_and_rendering_that_change_the_tokens_change_the_fingerprint(source, tokenizer, renderer):
     knobs = {"dataset_name": str(source)}
     write_jsonl(source / "train-2.jsonl", [make_row("x", "oak elm ash pine " * 40, "oak")])

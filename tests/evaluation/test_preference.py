@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -6,6 +8,7 @@ from helpsteer_rloo.evaluation.preference import Judgement, judge, spread_sample
 from helpsteer_rloo.evaluation.reload import check_reload
 from helpsteer_rloo.groups import Message, Preference, TokenGroup
 from helpsteer_rloo.model.forward import score_sequences
+from helpsteer_rloo.model.loading import Base
 
 
 def preference(chosen, rejected, row=0, domain="general", strength=1):
@@ -71,14 +74,14 @@ def test_a_reward_model_that_reloads_with_another_head_is_refused(reward_model, 
     sequences = [[5, 6, 7], [8, 9]]
     reward_model.save_pretrained(tmp_path)
     expected = score_sequences(reward_model, sequences, 1)
-    assert check_reload(tmp_path, sequences, expected, "float32") <= 1e-5
+    assert check_reload(tmp_path, sequences, expected, asdict(Base("x"))) <= 1e-5
     with torch.no_grad():
         reward_model.score.weight.mul_(1.5)
     changed = score_sequences(reward_model, sequences, 1)
     with pytest.raises(ValueError, match="does not give the trained model's scores"):
-        check_reload(tmp_path, sequences, changed, "float32")
+        check_reload(tmp_path, sequences, changed, asdict(Base("x")))
 
 
 def test_a_directory_that_does_not_load_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not load in a fresh process"):
-        check_reload(tmp_path, [[5]], [0.0], "float32")
+        check_reload(tmp_path, [[5]], [0.0], asdict(Base("x")))

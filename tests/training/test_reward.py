@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from helpsteer_rloo.evaluation import stock_scores
 from helpsteer_rloo.model.forward import scalar_head, score_sequences
-from helpsteer_rloo.model.loading import load_reward_model
+from helpsteer_rloo.model.loading import Base, load_reward_model
 from helpsteer_rloo.objectives import bradley_terry_loss, preference_margins
 from helpsteer_rloo.training.reward import RewardTrainer, to_stored_dtype, with_trained_head
 
@@ -145,6 +146,7 @@ def test_the_stock_program_imports_nothing_of_this_project(tiny_base, tokenizer,
     trainer.save_model(str(tmp_path))
     ids = [[5, 6, 7, 8], [9, 10]]
     (tmp_path / "ids.json").write_text(json.dumps(ids))
+    (tmp_path / "base.json").write_text(json.dumps(asdict(Base(str(tiny_base)))))
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
         "print(any(name.startswith('helpsteer_rloo') for name in sys.modules))"
@@ -157,7 +159,7 @@ def test_the_stock_program_imports_nothing_of_this_project(tiny_base, tokenizer,
         stock_scores.__file__,
         str(tmp_path),
         str(tmp_path / "ids.json"),
-        "float32",
+        str(tmp_path / "base.json"),
     ]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
     assert lines[-1] == "False"
