@@ -283,6 +283,7 @@ PIPELINE = CommandSpec(
     program="train_pipeline.py",
     description="Data, reward model, verification, RLOO, evaluation and summary, in one resumable run.",
     knobs=PipelineKnobs,
+    refused={"demo": "the file describes the demo; run it with helpsteer-rloo demo --config FILE."},
 )
 
 SECTIONS: dict[Literal["reward", "rloo"], CommandSpec[Any]] = {"reward": REWARD, "rloo": RLOO}

@@ -9,7 +9,9 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,7 +93,7 @@ class Flag:
         elif isinstance(value, dict):
             fits = self.is_mapping()
         elif isinstance(value, bool):
-            fits = self.is_bool()
+            fits = self.is_bool() or f"Literal[{value}]" in self.alternatives()
         elif isinstance(value, (list, tuple)):
             if self.is_list():
                 return [self.from_text(str(part)) for part in value]
@@ -159,7 +161,8 @@ def _annotation(annotation: object) -> str:
     )
 
 
-def trl_flags(*class_names: str) -> list[Flag]:
+@functools.cache
+def trl_flags(*class_names: str) -> tuple[Flag, ...]:
     """The flags of TRL's configuration classes, read from the installed sources; later classes override earlier ones.
 
     Raises:
@@ -173,7 +176,7 @@ def trl_flags(*class_names: str) -> list[Flag]:
             raise ValueError(f"The package {package} is not installed; install the project with its dependencies.")
         source = Path(spec.submodule_search_locations[0]) / file
         flags |= {flag.name: flag for flag in _fields_of_source(source.read_text(encoding="utf-8"))}
-    return list(flags.values())
+    return tuple(flags.values())
 
 
 def _fields_of_source(source: str) -> Iterable[Flag]:
@@ -264,14 +267,19 @@ def _add_flag(section: Any, flag: Flag) -> None:
     section.add_argument(f"--{flag.name}", help=(flag.help + default).replace("%", "%%"), **options)
 
 
+def _shared_beginning(one: str, other: str) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def unknown_name(name: str, known: Iterable[str], what: str) -> str:
     """The message for an unknown name, with the nearest known one.
 
     >>> unknown_name("lora_rank", ["lora_r", "lora_alpha"], "key")
     "unknown key 'lora_rank'; did you mean 'lora_r'?"
     """
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"unknown {what} {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    candidates = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    nearest = max(candidates, key=lambda candidate: _shared_beginning(name, candidate), default=None)
+    return f"unknown {what} {name!r}" + (f"; did you mean {nearest!r}?" if nearest else "")
 
 
 def read_yaml(path: Path) -> dict[str, FlagValue]:

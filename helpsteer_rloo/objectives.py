@@ -82,7 +82,7 @@ def kl_k1(log_probs_BC: Tensor, reference_BC: Tensor, mask_BC: Tensor) -> Tensor
         reference_BC: The same under the reference, `[B, C]`.
         mask_BC: 1 at tokens of the completion, 0 at padding, `[B, C]`.
     """
-    return ((log_probs_BC - reference_BC) * mask_BC).sum(-1)
+    return (log_probs_BC - reference_BC).where(mask_BC.bool(), 0.0).sum(-1)
 
 
 def penalized_rewards(scores_B: Tensor, penalties_B: Tensor, kl_B: Tensor | None, kl_coef: float) -> Tensor:

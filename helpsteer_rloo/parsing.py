@@ -44,7 +44,10 @@ def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.pr
     parser = _parser(dataclasses.replace(PIPELINE, program=program))
     main_argv, section_argv = _split_sections(sys.argv[1:] if argv is None else argv)
     given = parser.parse_given(main_argv)
-    sections = {name: _parser(command).parse_given(section_argv[name]) for name, command in SECTIONS.items()}
+    sections = {
+        name: _parser(dataclasses.replace(command, program=program)).parse_given(section_argv[name])
+        for name, command in SECTIONS.items()
+    }
     try:
         content, source = _read_config(given)
         return pipeline_settings(content, given, sections, source)

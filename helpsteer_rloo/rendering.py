@@ -167,7 +167,10 @@ def _cuts(messages: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
 
 def _unused_character(text: str) -> str:
     used = set(text)
-    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    free = next((chr(code) for code in _PRIVATE_USE if chr(code) not in used), None)
+    if free is None:
+        raise ValueError("The text holds every private-use character there is, so no place in it can be marked.")
+    return free
 
 
 def _digest(text: str) -> str:

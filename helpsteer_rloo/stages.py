@@ -19,9 +19,10 @@ class Stage:
     """One step of a run.
 
     `inputs` is everything that decides the stage's result, besides the results of the stages it `needs` (by name;
-    `None` stands for the stage before it). `artefacts` must exist for the stage to count as finished. `directory`, if
-    any, belongs to the stage alone; it is moved aside when the stage starts anew. A stage that is not `distributed`
-    runs on the main process while the others wait for its marker.
+    `None` stands for the stage before it). If the outputs hold a `fingerprint` of the result, running the stage again
+    to the same result leaves the stages that need it finished; otherwise they run again too. `artefacts` must exist
+    for the stage to count as finished. `directory`, if any, belongs to the stage alone; it is moved aside when the
+    stage starts anew. A stage that is not `distributed` runs on the main process while the others wait for its marker.
     """
 
     name: str
@@ -66,7 +67,7 @@ def _with_needs(stages: Sequence[Stage]) -> list[tuple[Stage, list[str]]]:
 
 
 def _key(run: RunDir, stage: Stage, needed: Sequence[str]) -> str:
-    """Digest of a stage's inputs and of the very executions of the stages it needs."""
+    """Digest of a stage's inputs and of the results of the stages it needs."""
     executions = [(read_json(run.stage(name)) or {}).get("execution") for name in needed]
     return fingerprint([stage.name, _plain(stage.inputs), executions])
 
@@ -120,7 +121,7 @@ def _run_one(run: RunDir, stage: Stage, key: str, say: Say) -> None:
     if main:
         record = {
             "key": key,
-            "execution": uuid.uuid4().hex,
+            "execution": outputs.get("fingerprint") or uuid.uuid4().hex,
             "inputs": _plain(stage.inputs),
             "directory": str(stage.directory),
             "outputs": outputs,

@@ -191,7 +191,8 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext) -> Stage:
         from helpsteer_rloo.model.loading import release
         from helpsteer_rloo.training.policy import train_policy
 
-        training = train_policy(settings, context.tokenizer, context.prepared.corpus.groups["train"])
+        groups = context.prepared.corpus.groups
+        training = train_policy(settings, context.tokenizer, groups["train"], groups["validation"])
         release()
         if not is_main_process():
             return {}

@@ -69,13 +69,6 @@ def flags_of(command):
     return shlex.split(command.replace("\\\n", " "))[2:]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _sources_are_read_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("helpsteer_rloo.config.trl_flags", functools.cache(trl_flags))
-        yield
-
-
 @pytest.fixture
 def write(tmp_path):
     """Writes a configuration file and returns its path as text."""

@@ -57,11 +57,26 @@ def prepare(knobs: DataKnobs, renderer: Renderer, *, allow_empty_split: bool = F
         fits[split] = FitCounts()
         shown = tqdm(prompts, desc=f"Tokenizing {split}", disable=len(prompts) < 2000)
         groups[split] = tokenize_groups(shown, renderer, knobs, fits[split])
+    groups["train"] = without_heldout(groups["train"], groups["validation"], fits["train"])
     report = build_report(knobs, corpus, groups, fits)
     for split, kept in groups.items():
         if not kept and not allow_empty_split:
             raise ValueError(_empty_split(split, knobs, report))
     return Prepared(corpus, groups, report)
+
+
+def without_heldout(
+    train: Iterable[TokenGroup], validation: Iterable[TokenGroup], counts: FitCounts
+) -> list[TokenGroup]:
+    """Drop training groups whose prompt, cut from the left, has become one of the validation split's."""
+    heldout = {group.prompt_ids for group in validation}
+    kept = []
+    for group in train:
+        if group.prompt_ids in heldout:
+            counts.dropped["prompt_in_validation_after_cut"] += len(group.preferences)
+        else:
+            kept.append(group)
+    return kept
 
 
 def _empty_split(split: Split, knobs: DataKnobs, report: dict[str, Any]) -> str:
@@ -132,19 +147,23 @@ def rollout_prompts(
 ) -> list[TokenGroup]:
     """Render prompts for sampling, cut from the left at turn boundaries to `max_prompt_length` tokens.
 
-    `counts` gains `prompts`, `context_cut` and `prompt_too_long` (those are left out).
+    `counts` gains `prompts`, `context_cut`, and those that are left out: `prompt_too_long`, and `equal_after_cut`
+    (another prompt has been cut to the same ids before).
     """
-    kept = []
+    kept: dict[tuple[int, ...], TokenGroup] = {}
     for group in groups:
         fitted = renderer.fit_prompt(group.prompt, 0, max_prompt_length)
         if fitted is None:
             counts["prompt_too_long"] += 1
             continue
         prompt, prompt_ids = fitted
+        if prompt_ids in kept:
+            counts["equal_after_cut"] += 1
+            continue
         counts["prompts"] += 1
         counts["context_cut"] += prompt != group.prompt
-        kept.append(TokenGroup(prompt, prompt_ids, ()))
-    return kept
+        kept[prompt_ids] = TokenGroup(prompt, prompt_ids, ())
+    return list(kept.values())
 
 
 def build_report(
@@ -173,7 +192,7 @@ def build_report(
         },
         "splits": {split: _split_report(groups[split], fits[split]) for split in groups},
         "prompts_in_two_splits": len(
-            {g.prompt for g in corpus.groups["train"]} & {g.prompt for g in corpus.groups["validation"]}
+            {g.prompt_ids for g in groups["train"]} & {g.prompt_ids for g in groups["validation"]}
         ),
         "fingerprint": fingerprint({split: [_canonical(g) for g in groups[split]] for split in groups}),
     }

@@ -62,8 +62,8 @@ def locate(knobs: DataKnobs) -> list[RowFile]:
             raise ValueError(f"{path}: unknown file type; expected one of {', '.join(ENDINGS)}.")
         return [RowFile(path, None)]
     directory = path if path.is_dir() else _download(knobs)
-    inside = directory / knobs.dataset_subset
-    directory = inside if inside.is_dir() else directory
+    folders = (directory / knobs.dataset_subset, directory / "data", directory)
+    directory = next(folder for folder in folders if folder.is_dir())
     files = [RowFile(p, _split_of_name(p)) for p in sorted(directory.iterdir()) if p.name.endswith(ENDINGS)]
     if not files:
         raise ValueError(f"{directory}: no file of rows here; expected files ending in {', '.join(ENDINGS)}.")

@@ -23,12 +23,15 @@ from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
 def train_policy(
-    settings: Settings[RLOOKnobs], tokenizer: PreTrainedTokenizerBase, prompts: list[PromptGroup]
+    settings: Settings[RLOOKnobs],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[PromptGroup],
+    heldout: list[PromptGroup],
 ) -> dict[str, Any]:
     """Train a policy against the reward model in `reward_model_path`, going on from the newest checkpoint.
 
     Prompts that the reward model was verified on are left out, prompts too long for the reward model's limit are cut
-    at turn boundaries, and both are counted.
+    at turn boundaries, those that a cut makes equal to one of the `heldout` prompts are left out, and all are counted.
 
     Returns:
         `steps`, `prompts` (counts by reason), `base`, `adapter` and the last logged metrics.
@@ -41,7 +44,9 @@ def train_policy(
     args = rloo_args(settings, record)  # before any model, since it decides which device is this process's
     renderer = check_rendering(record, tokenizer)
     counts: Counter[str] = Counter()
-    groups = training_prompts(settings, renderer, record, prompts, counts)
+    room = prompt_room(own, record)
+    groups = training_prompts(own, renderer, room, prompts, counts)
+    groups = _without(groups, rollout_prompts(heldout, renderer, room, Counter()), counts)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
     args.model_init_kwargs = setup.init_kwargs
     reward_model, _ = load_reward_model(own.reward_model_path)
@@ -100,15 +105,12 @@ def check_rendering(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
     return renderer
 
 
-def training_prompts(
-    settings: Settings[RLOOKnobs],
-    renderer: Renderer,
-    record: dict[str, Any],
-    prompts: list[PromptGroup],
-    counts: Counter[str],
-) -> list[TokenGroup]:
-    """The prompts to sample for: not held out by the reward model, and short enough for it with a completion."""
-    own = settings.own
+def prompt_room(own: RLOOKnobs, record: dict[str, Any]) -> int:
+    """Tokens that the reward model's limit leaves for a prompt beside the longest completion.
+
+    Raises:
+        ValueError: it leaves too few.
+    """
     limit = record["rendering"]["max_length"]
     room = limit - own.response_length
     if room < limit // MINIMUM_ROOM:
@@ -116,14 +118,29 @@ def training_prompts(
             f"--response_length {own.response_length} leaves {max(room, 0)} tokens for the prompt: the reward model "
             f"reads at most {limit} in all. Lower --response_length, or train the reward model with more --max_length."
         )
+    return room
+
+
+def training_prompts(
+    own: RLOOKnobs, renderer: Renderer, room: int, prompts: list[PromptGroup], counts: Counter[str]
+) -> list[TokenGroup]:
+    """The prompts to sample for: not held out by the reward model, cut to `room` tokens, each once."""
     path = Path(own.reward_model_path) / HELDOUT_PROMPTS
-    heldout = set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+    heldout = set(path.read_text(encoding="utf-8").split()) if path.exists() else set[str]()
     allowed = [group for group in prompts if prompt_key(group.prompt) not in heldout]
     counts["heldout_by_reward_model"] = len(prompts) - len(allowed)
-    groups = rollout_prompts(allowed, renderer, room, counts)
-    if not groups:
+    return rollout_prompts(allowed, renderer, room, counts)
+
+
+def _without(groups: list[TokenGroup], heldout: list[TokenGroup], counts: Counter[str]) -> list[TokenGroup]:
+    """Leave out prompts that a cut has made equal to a held-out one; refuse to train on nothing."""
+    judged = {group.prompt_ids for group in heldout}
+    kept = [group for group in groups if group.prompt_ids not in judged]
+    counts["heldout_after_cut"] = len(groups) - len(kept)
+    counts["prompts"] = len(kept)
+    if not kept:
         raise ValueError(f"No prompt is left to train on ({dict(counts)}); lower --response_length or use more data.")
-    return groups
+    return kept
 
 
 def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConfig:

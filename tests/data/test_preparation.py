@@ -366,3 +366,15 @@ def test_a_rollout_prompt_may_fill_its_limit_exactly(renderer):
     (made,) = rollout_prompts([group_of(LONG, "x", "y")], renderer, exact, counts)
     assert made.prompt == LONG
     assert counts["context_cut"] == 0
+
+
+def test_prompts_that_a_cut_makes_equal_are_sampled_for_once(renderer):
+    long = "word " * 60
+    groups = [
+        PromptGroup((Message("user", long + name), Message("assistant", "yes"), Message("user", "go on")), ())
+        for name in ("a", "b")
+    ]
+    counts = Counter()
+    kept = rollout_prompts(groups, renderer, 40, counts)
+    assert len(kept) == 1
+    assert dict(counts) == {"prompts": 1, "context_cut": 1, "equal_after_cut": 1}
