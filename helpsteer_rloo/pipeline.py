@@ -133,7 +133,11 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
         **summary,
         "seconds": seconds_by_stage(run, names),
         "seed": settings.own.seed,
-        "settings": asdict(settings.own),
+        "settings": {
+            "pipeline": asdict(settings.own),
+            "reward": settings.reward.describe(),
+            "rloo": settings.rloo.describe(),
+        },
         "provenance": provenance(),
     }
 

@@ -21,8 +21,9 @@ class Stage:
     `inputs` is everything that decides the stage's result, besides the results of the stages it `needs` (by name;
     `None` stands for the stage before it). If the outputs hold a `fingerprint` of the result, running the stage again
     to the same result leaves the stages that need it finished; otherwise they run again too. `artefacts` must exist
-    for the stage to count as finished. `directory`, if any, belongs to the stage alone; it is moved aside when the
-    stage starts anew. A stage that is not `distributed` runs on the main process while the others wait for its marker.
+    for the stage to count as finished. `directory`, if any, belongs to the stage alone; it is moved aside, and its
+    `companions` with it, when the stage starts anew. A stage that is not `distributed` runs on the main process while
+    the others wait for its marker.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Stage:
     run: Callable[[], dict[str, Any]]
     artefacts: tuple[Path, ...] = ()
     directory: Path | None = None
+    companions: tuple[Path, ...] = ()
     distributed: bool = False
     needs: tuple[str, ...] | None = None
 
@@ -150,4 +152,5 @@ def _clear(run: RunDir, stage: Stage, say: Say) -> None:
             f"{directory} is not empty and does not hold a result of this tool; it is left alone. "
             "Give another --output_dir, or empty the directory yourself."
         )
-    say(f"The earlier result in {directory} is kept as {set_aside(directory)}.")
+    for path in (directory, *(companion for companion in stage.companions if companion.exists())):
+        say(f"The earlier result in {path} is kept as {set_aside(path)}.")

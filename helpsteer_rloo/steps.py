@@ -216,8 +216,9 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext) -> Stage:
         work,
         artefacts=(directory / POLICY_RECORD,),
         directory=directory,
+        companions=(Path(settings.own.rollouts_dir),) if settings.own.rollouts_dir else (),
         distributed=True,
-        needs=("data", "reward_model"),
+        needs=("data",),
     )
 
 
@@ -232,14 +233,14 @@ def evaluation_stage(
     inputs = {"evaluation_prompts": own.evaluation_prompts, "evaluation_batch_size": own.evaluation_batch_size}
 
     def work() -> dict[str, Any]:
-        from helpsteer_rloo.data.preparation import rollout_prompts
+        from helpsteer_rloo.data.preparation import prompt_room, rollout_prompts
         from helpsteer_rloo.evaluation.policy import EvaluationKnobs, PolicyPair, evaluate_policy
         from helpsteer_rloo.model.loading import Base
 
         record = read_json(Path(settings.own.output_dir) / POLICY_RECORD) or {}
         reward_record = read_json(Path(settings.own.reward_model_path) / REWARD_MODEL_RECORD) or {}
         counts: Counter[str] = Counter()
-        room = reward_record["rendering"]["max_length"] - settings.own.response_length
+        room = prompt_room(reward_record["rendering"]["max_length"], settings.own.response_length)
         heldout = context.prepared.corpus.groups["validation"]
         groups = rollout_prompts(heldout, context.renderer, room, counts)[: own.evaluation_prompts]
         knobs = EvaluationKnobs(

@@ -121,6 +121,7 @@ def test_scoring_options_change_nothing_but_training_options_invalidate(finished
     assert "kl_coef 0.05 -> 0.3. These stages run again: rloo, evaluation." in out
     assert "Stage reward_model" not in out
     assert (directory / "policy.previous" / "policy.json").exists()
+    assert len(read_rollouts(directory / "rollouts.previous")) == len(read_rollouts(directory / "rollouts")) == 16
 
 
 def test_only_the_reward_model_then_only_rloo(command, tmp_path, capsys):

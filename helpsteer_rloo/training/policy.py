@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
-from helpsteer_rloo.data.preparation import rollout_prompts
+from helpsteer_rloo.data.preparation import prompt_room, rollout_prompts
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.model.loading import load_reward_model, read_reward_record
 from helpsteer_rloo.processes import process_count
-from helpsteer_rloo.rendering import MINIMUM_ROOM, Renderer
+from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
@@ -44,7 +44,7 @@ def train_policy(
     args = rloo_args(settings, record)  # before any model, since it decides which device is this process's
     renderer = check_rendering(record, tokenizer)
     counts: Counter[str] = Counter()
-    room = prompt_room(own, record)
+    room = prompt_room(record["rendering"]["max_length"], own.response_length)
     groups = training_prompts(own, renderer, room, prompts, counts)
     groups = _without(groups, rollout_prompts(heldout, renderer, room, Counter()), counts)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
@@ -103,22 +103,6 @@ def check_rendering(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
             f"reward model was trained from ({record['base_model']}), or train a reward model for this policy."
         )
     return renderer
-
-
-def prompt_room(own: RLOOKnobs, record: dict[str, Any]) -> int:
-    """Tokens that the reward model's limit leaves for a prompt beside the longest completion.
-
-    Raises:
-        ValueError: it leaves too few.
-    """
-    limit = record["rendering"]["max_length"]
-    room = limit - own.response_length
-    if room < limit // MINIMUM_ROOM:
-        raise ValueError(
-            f"--response_length {own.response_length} leaves {max(room, 0)} tokens for the prompt: the reward model "
-            f"reads at most {limit} in all. Lower --response_length, or train the reward model with more --max_length."
-        )
-    return room
 
 
 def training_prompts(
