@@ -257,6 +257,9 @@ RLOO = CommandSpec(
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 8,
         "learning_rate": 1e-6,
+        # TRL's default leaves a LoRA dropout of 0.05 on, with another mask in every pass: log-probabilities of the
+        # same tokens under the same weights then differ between the pass that sets the ratio's base and the training.
+        "disable_dropout": True,
         "lora_r": 16,
         "lora_alpha": 32,
         "save_steps": 50,

@@ -5,9 +5,12 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from helpsteer_rloo.config import RLOO
 from helpsteer_rloo.objectives import leave_one_out
+from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer, shuffle_groups
 from helpsteer_rloo.training.scorer import RewardModelScorer
@@ -302,3 +305,29 @@ def test_rollouts_behind_a_checkpoint_are_discarded(ledger, tmp_path):
 def test_the_baseline_of_a_sample_is_the_mean_of_its_siblings():
     rewards = torch.tensor([[1.0, 2.0, 3.0, 10.0]], dtype=torch.float64)
     assert leave_one_out(rewards)[0, 3].item() == pytest.approx(10 - 2)
+
+
+@pytest.mark.parametrize("disable_dropout", [True, False])
+def test_without_dropout_the_ratio_of_fresh_samples_is_one(tiny_base, tokenizer, tmp_path, disable_dropout):
+    """The commands turn dropout off; with TRL's defaults the same tokens get other log-probabilities in each pass."""
+    config = LoraConfig(r=4, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = RLOOTrainer(
+        model=str(tiny_base),
+        reward_funcs=length_reward,
+        args=arguments(tmp_path, disable_dropout=disable_dropout),
+        train_dataset=chat(PROMPTS),
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    trainer.model.train()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * K)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    again, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, batch["completion_ids"].size(1))
+    difference = ((again * batch["completion_mask"]).sum(1) - batch["old_logps"]).abs().max().item()
+    assert difference < 1e-4 if disable_dropout else difference > 1e-2
+    assert parse_command(RLOO, []).trl["disable_dropout"] is True
