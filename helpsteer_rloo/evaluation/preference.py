@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from helpsteer_rloo.groups import Preference, TokenGroup
-from helpsteer_rloo.model.forward import score_sequences
+from helpsteer_rloo.model.forward import score_groups
 from helpsteer_rloo.model.loading import Model
 from helpsteer_rloo.objectives import preference_margins
 from helpsteer_rloo.statistics import proportion
@@ -56,10 +56,8 @@ def judge(model: Model, groups: Sequence[TokenGroup], batch_size: int) -> list[J
     chunk = max(1, 8 * batch_size)
     for start in tqdm(range(0, len(groups), chunk), desc="Scoring held-out pairs", leave=False):
         part = groups[start : start + chunk]
-        sequences = [group.sequence(i) for group in part for i in range(len(group.continuation_ids))]
-        scores = iter(score_sequences(model, sequences, batch_size))
-        for number, group in enumerate(part, start=start):
-            own = [next(scores) for _ in group.continuation_ids]
+        scores = score_groups(model, part, batch_size)
+        for number, (group, own) in enumerate(zip(part, scores, strict=True), start=start):
             judgements += [
                 Judgement(number, p, group.prompt[-1].content, own[p.chosen], own[p.rejected])
                 for p in group.preferences

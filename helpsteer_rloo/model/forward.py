@@ -1,7 +1,7 @@
-"""Scores of sequences and log-probabilities of completions, by padded forward passes in chunks.
+"""Scores of sequences and groups, and log-probabilities of completions, in chunks.
 
-Padding never changes a result: scores are read at the last real token by position, not by searching for the padding
-id, so a sequence that ends in that id is scored where it ends.
+Neither padding nor packing changes a result: scores are read at the last real token by position, not by searching for
+the padding id, so a sequence that ends in that id is scored where it ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.attention import SHARED_PREFIX, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.loading import Model
+from helpsteer_rloo.packing import PackedRow, pack_continuations, split_group
 
 
 def scalar_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -51,6 +55,46 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
         for index, score in zip(chunk, head(hidden_BD.to(weight.dtype)).float()[:, 0].tolist(), strict=True):
             scores[index] = score
     return scores
+
+
+@torch.no_grad()
+def score_groups(model: nn.Module, groups: Sequence[TokenGroup], batch_size: int) -> list[list[float]]:
+    """Score every continuation of every group with a reward model, each prompt computed once for all of them.
+
+    Args:
+        model: As in `score_sequences`. One that `supports_shared_prefix` does not accept scores padded sequences.
+        groups: Any number of continuations each.
+        batch_size: Continuations in one forward pass; a group with more is scored in several, its prompt in each.
+
+    Returns:
+        One list a group, with one score a continuation, in the order given.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or not supports_shared_prefix(inner):
+        sequences = [group.sequence(i) for group in groups for i in range(len(group.continuation_ids))]
+        return regroup(score_sequences(model, sequences, batch_size), groups)
+    if inner.config._attn_implementation != SHARED_PREFIX:  # pyright: ignore[reportPrivateUsage]
+        use_shared_prefix(inner)
+    body, head = scalar_head(model)
+    weight = next(head.parameters())
+    pieces = [piece for group in groups for piece in split_group(group, batch_size)]
+    scores: list[float] = []
+    for indices in pack_continuations(pieces, batch_size):
+        row = PackedRow(tuple(pieces[i] for i in indices))
+        hidden_TD = body(
+            input_ids=torch.tensor([row.input_ids], device=weight.device),
+            position_ids=torch.tensor([row.position_ids], device=weight.device),
+            spans=row.spans,
+            use_cache=False,
+        ).last_hidden_state[0]
+        scores += head(hidden_TD[row.last_positions].to(weight.dtype)).float()[:, 0].tolist()
+    return regroup(scores, groups)
+
+
+def regroup(flat: Sequence[float], groups: Sequence[TokenGroup]) -> list[list[float]]:
+    """Cut one list of values a continuation into one list a group."""
+    values = iter(flat)
+    return [[next(values) for _ in group.continuation_ids] for group in groups]
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpsteer_rloo.model.forward import completion_log_probs, score_sequences
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.forward import completion_log_probs, score_groups, score_sequences
 
 SEQUENCES = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18]]
 
@@ -64,3 +65,41 @@ def test_log_probabilities_equal_a_plain_forward_in_float64(tiny_base, temperatu
         log_probs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         expected.append(log_probs[torch.arange(len(completion)), torch.tensor(completion)].sum().item())
     assert completion_log_probs(model, prompts, completions, 2, temperature) == pytest.approx(expected, rel=1e-5)
+
+
+GROUPS = [
+    TokenGroup((), (5, 6, 7), ((8,), (9, 10, 11), (12, 13))),
+    TokenGroup((), (14,), ((15, 16),)),
+    TokenGroup((), (17, 18), ((19,), (20,), (21, 22, 23), (24,), (25, 26))),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_scores_of_groups_equal_those_of_their_sequences(tiny_base, batch_size, lora):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1).eval()
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.1)
+    expected = [[score_sequences(model, [g.sequence(i)], 1)[0] for i in range(len(g.continuation_ids))] for g in GROUPS]
+    got = score_groups(model, GROUPS, batch_size)
+    assert [len(scores) for scores in got] == [3, 1, 5]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    # and the model still reads padded batches right
+    flat = score_sequences(model, [g.sequence(i) for g in GROUPS for i in range(len(g.continuation_ids))], 4)
+    assert flat == pytest.approx([score for scores in expected for score in scores], abs=1e-5)
+
+
+def test_a_model_with_attention_of_its_own_is_scored_sequence_by_sequence(tiny_base, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1).eval()
+    expected = score_groups(model, GROUPS, 4)
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    assert score_groups(model, GROUPS, 4) == [pytest.approx(scores, abs=1e-5) for scores in expected]
+    assert model.config._attn_implementation == "sdpa"

@@ -1,0 +1,55 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.packing import PackedRow, pack_continuations, split_group
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
+token_groups = st.builds(TokenGroup, st.just(()), ids, st.lists(ids, min_size=1, max_size=5).map(tuple))
+
+
+@given(st.lists(token_groups, min_size=1, max_size=8), st.integers(1, 12))
+def test_every_group_is_packed_once_in_order_and_within_the_budget(groups, budget):
+    rows = pack_continuations(groups, budget)
+    assert [index for row in rows for index in row] == list(range(len(groups)))
+    sizes = [sum(len(groups[i].continuation_ids) for i in row) for row in rows]
+    assert all(size <= budget or len(row) == 1 for size, row in zip(sizes, rows, strict=True))
+    for size, following in zip(sizes, rows[1:], strict=False):  # no row ends early
+        assert size + len(groups[following[0]].continuation_ids) > budget
+
+
+@given(token_groups, st.integers(1, 6))
+def test_a_split_group_keeps_its_prompt_and_its_continuations(group, most):
+    pieces = split_group(group, most)
+    assert all(len(piece.continuation_ids) <= most for piece in pieces)
+    assert tuple(ids for piece in pieces for ids in piece.continuation_ids) == group.continuation_ids
+    assert {piece.prompt_ids for piece in pieces} == {group.prompt_ids}
+
+
+@given(st.lists(token_groups, min_size=1, max_size=4))
+def test_a_continuation_stands_where_it_would_stand_alone(groups):
+    row = PackedRow(tuple(groups))
+    assert (
+        len(row.input_ids)
+        == len(row.position_ids)
+        == sum(len(g.prompt_ids) + sum(map(len, g.continuation_ids)) for g in groups)
+    )
+    lasts, predicting = iter(row.last_positions), iter(row.predicting_positions)
+    for group, span in zip(groups, row.spans, strict=True):
+        prompt = tuple(row.input_ids[span.start : span.start + span.prompt])
+        assert prompt == group.prompt_ids
+        starts = zip(span.continuation_starts(), group.continuation_ids, strict=True)
+        for index, (start, continuation) in enumerate(starts):
+            assert tuple(row.input_ids[start : start + len(continuation)]) == continuation
+            alone = list(range(len(group.sequence(index))))
+            assert row.position_ids[start : start + len(continuation)] == alone[span.prompt :]
+            assert next(lasts) == start + len(continuation) - 1
+            sources = [next(predicting) for _ in continuation]
+            assert [row.position_ids[source] + 1 for source in sources] == alone[span.prompt :]
+
+
+@pytest.mark.parametrize("group", [TokenGroup((), (), ((1,),)), TokenGroup((), (1,), ((2,), ()))])
+def test_a_group_with_nothing_to_continue_is_refused(group):
+    with pytest.raises(ValueError, match="at least one token"):
+        PackedRow((group,))
