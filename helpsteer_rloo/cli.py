@@ -18,6 +18,11 @@ _NOISE = (
 )
 """Warnings of libraries about their own or each other's defaults, which no user of this command can act on."""
 
+_OUT_OF_MEMORY = (
+    "The device is out of memory. Give the same command with --use_peft, smaller batches (with more accumulation the "
+    "result stays the same), or a smaller --max_length or --response_length; finished stages are not run again."
+)
+
 COMMANDS = {
     "pipeline": "data, reward model, verification, RLOO, evaluation: everything in one resumable run",
     "reward-model": "train and verify a reward model (reward_model_training.py)",
@@ -54,10 +59,11 @@ def _usage() -> str:
 
 def train_reward_model(argv: list[str] | None = None) -> None:
     """`reward_model_training.py`."""
+    from helpsteer_rloo.checks import check_training
     from helpsteer_rloo.config import REWARD
     from helpsteer_rloo.parsing import parse_command
 
-    settings = parse_command(REWARD, argv)
+    settings = parse_command(REWARD, argv, checks=[check_training])
 
     def work() -> None:
         from helpsteer_rloo.pipeline import run_reward_model
@@ -69,10 +75,11 @@ def train_reward_model(argv: list[str] | None = None) -> None:
 
 def train_policy(argv: list[str] | None = None) -> None:
     """`rloo_helpsteer_training.py`."""
+    from helpsteer_rloo.checks import check_rloo
     from helpsteer_rloo.config import RLOO
     from helpsteer_rloo.parsing import parse_command
 
-    settings = parse_command(RLOO, argv)
+    settings = parse_command(RLOO, argv, checks=[check_rloo])
 
     def work() -> None:
         from helpsteer_rloo.pipeline import run_rloo
@@ -144,6 +151,10 @@ def guarded(work: Callable[[], None]) -> None:
         if os.environ.get("HELPSTEER_RLOO_DEBUG"):
             traceback.print_exc()
         _fail(f"{type(error).__name__ + ': ' if isinstance(error, OSError) else ''}{error}", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; known by name, so that torch is not imported here
+            raise
+        _fail(f"{error}\n{_OUT_OF_MEMORY}", 1)
     except KeyboardInterrupt:
         _fail("Interrupted. Give the same command again to go on from the last checkpoint.", INTERRUPTED)
 

@@ -40,6 +40,16 @@ class DataKnobs:
     def __post_init__(self) -> None:
         """Check values that no type can check."""
         _require(
+            self.dataset_name.strip() != "",
+            "dataset_name",
+            self.dataset_name,
+            "a hub id, a directory ('.' is the current one) or a .jsonl, .jsonl.gz or .parquet file",
+        )
+        for name in ("language", "domains"):
+            value = getattr(self, name)
+            named = value.replace(",", " ").strip() != ""
+            _require(named, name, value, "names separated by commas, or 'all' to keep everything")
+        _require(
             self.html_entities in ("prompt", "all", "none"), "html_entities", self.html_entities, "prompt, all, none"
         )
         _require(self.overlong in ("cut", "drop"), "overlong", self.overlong, "cut or drop")
@@ -277,6 +287,8 @@ RLOO = CommandSpec(
         "generation_batch_size": "it follows from batch size, accumulation and --num_mini_batches.",
         "max_steps": "it follows from --total_episodes.",
         "num_train_epochs": "the length of the run is --total_episodes.",
+        "eval_strategy": "the pipeline judges the policy after training, on held-out prompts.",
+        "do_eval": "the pipeline judges the policy after training, on held-out prompts.",
         "chat_template_kwargs": "the rendering is the reward model's; --thinking of reward training decides.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
     },

@@ -109,5 +109,5 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _interval(bounds: Sequence[float]) -> str:
-    return f"{bounds[0]:.3f} … {bounds[1]:.3f}"
+def _interval(bounds: Sequence[float | None]) -> str:
+    return " … ".join("?" if end is None else f"{end:.3f}" for end in bounds)

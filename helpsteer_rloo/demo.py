@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.checks import check_pipeline
 from helpsteer_rloo.config import PipelineSettings
 from helpsteer_rloo.data.demo import DemoBaseSettings, gold, write_rows
 from helpsteer_rloo.flags import read_yaml, unknown_name
@@ -57,7 +58,9 @@ def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: 
         "dataset_name": f"{directory}/rows.jsonl",
         "model_name_or_path": f"{directory}/base",
     }
-    return DemoSettings(rows, DemoBaseSettings(**base), pipeline_settings(rest, {**given, **paths}, source=source))
+    settings = pipeline_settings(rest, {**given, **paths}, source=source)
+    check_pipeline(settings)
+    return DemoSettings(rows, DemoBaseSettings(**base), settings)
 
 
 def run_demo(settings: DemoSettings) -> None:
@@ -78,6 +81,11 @@ def run_demo(settings: DemoSettings) -> None:
 
     world = Stage("world", {"rows": settings.rows, "seed": own.seed}, write_world, artefacts=(rows_file,))
     base = Stage(
-        "base", dataclasses.asdict(settings.base), build, artefacts=(base_dir / "config.json",), directory=base_dir
+        "base",
+        dataclasses.asdict(settings.base),
+        build,
+        artefacts=(base_dir / "config.json",),
+        directory=base_dir,
+        content="*.safetensors",
     )
     run_pipeline(settings.pipeline, before=[world, base], gold=gold)

@@ -7,11 +7,12 @@ file's main part, the file's section of a stage, main flags given, flags given f
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.checks import check_pipeline
 from helpsteer_rloo.config import (
     DEFAULT_POLICY_DIR,
     DEFAULT_REWARD_MODEL_DIR,
@@ -27,14 +28,24 @@ from helpsteer_rloo.config import (
 from helpsteer_rloo.flags import FlagParser, FlagValue, read_yaml
 
 
-def parse_command(command: CommandSpec[Knobs], argv: Sequence[str] | None = None) -> Settings[Knobs]:
-    """Read the command line, and the file given as --config, into settings; mistakes end the program with status 2."""
+def parse_command(
+    command: CommandSpec[Knobs],
+    argv: Sequence[str] | None = None,
+    checks: Sequence[Callable[[Settings[Any]], None]] = (),
+) -> Settings[Knobs]:
+    """Read the command line, and the file given as --config, into settings; mistakes end the program with status 2.
+
+    `checks` look at the settings as a whole, and raise `ValueError` for a mistake.
+    """
     parser = _parser(command)
     given = parser.parse_given(sys.argv[1:] if argv is None else argv)
     try:
         content, source = _read_config(given)
         command.resolve(content, source=source)
-        return command.resolve(content, given, source="command line")
+        settings = command.resolve(content, given, source="command line")
+        for check in checks:
+            check(settings)
+        return settings
     except ValueError as error:
         parser.error(str(error))
 
@@ -50,7 +61,9 @@ def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.pr
     }
     try:
         content, source = _read_config(given)
-        return pipeline_settings(content, given, sections, source)
+        settings = pipeline_settings(content, given, sections, source)
+        check_pipeline(settings)
+        return settings
     except ValueError as error:
         parser.error(str(error))
 

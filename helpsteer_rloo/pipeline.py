@@ -1,15 +1,17 @@
 """The run: the stages over one record, from preferences to a judged policy."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.config import PipelineSettings, RewardKnobs, RLOOKnobs, Settings
 from helpsteer_rloo.console import results_table, say, show
+from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
-from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, RunDir, read_json, write_json
-from helpsteer_rloo.stages import Stage, run_stages, seconds_by_stage
+from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
+from helpsteer_rloo.stages import Stage, finished_stages, refuse_foreign, run_stages, seconds_by_stage
 from helpsteer_rloo.steps import (
     data_context,
     data_stage,
@@ -23,9 +25,11 @@ from helpsteer_rloo.steps import (
 def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     """`reward_model_training.py`: data, reward model, verification; the record is kept beside the model."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
-    run_stages(
-        run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say
-    )
+    refuse_foreign(Path(settings.own.output_dir))
+    with _only_process(run):
+        run_stages(
+            run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say
+        )
     say(f"The reward model is in {settings.own.output_dir}.")
     say(f"Next: python rloo_helpsteer_training.py --reward_model_path {settings.own.output_dir}")
 
@@ -33,24 +37,32 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
 def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     """`rloo_helpsteer_training.py`: data and RLOO; the record is kept beside the policy."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
-    _check_reward_model(settings)
-    run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
+    _check_reward_model(settings, "--reward_model_path")
+    refuse_foreign(Path(settings.own.output_dir))
+    with _only_process(run):
+        run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
     say(f"The policy is in {settings.own.output_dir}.")
 
 
 def _record_beside(output_dir: str) -> RunDir:
-    path = Path(output_dir)
+    path = Path(output_dir).resolve()
     return RunDir(path.with_name(path.name + ".run"))
 
 
-def _check_reward_model(settings: Settings[RLOOKnobs]) -> None:
+def _only_process(run: RunDir) -> AbstractContextManager[None]:
+    """The lock of a run, held by its main process."""
+    return locked(run.lock) if is_main_process() else nullcontext()
+
+
+def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> None:
     """Say at once, before any long work, when there is no reward model where one is expected."""
     path = Path(settings.own.reward_model_path)
-    if not (path / REWARD_MODEL_RECORD).exists():
-        raise ValueError(
-            f"--reward_model_path {path}: no finished reward model there ({REWARD_MODEL_RECORD} is missing). Train one "
-            "with reward_model_training.py, or give the directory of one that it trained."
-        )
+    for name in (REWARD_MODEL_RECORD, HELDOUT_PROMPTS):
+        if not (path / name).exists():
+            raise ValueError(
+                f"{flag} {path}: no finished reward model there ({name} is missing). Train one with "
+                "reward_model_training.py, or give the directory of one that it trained."
+            )
 
 
 def run_pipeline(
@@ -69,25 +81,40 @@ def run_pipeline(
         ValueError: the reward model is not better than chance and `allow_weak_reward_model` is off; or as the stages.
     """
     own, run = settings.own, RunDir(Path(settings.run_dir))
+    if own.rloo_only:
+        _check_reward_model(settings.rloo, "--reward_model_dir")
+    else:
+        refuse_foreign(Path(settings.reward.own.output_dir))
+    if not own.reward_model_only:
+        refuse_foreign(Path(settings.rloo.own.output_dir))
+    with _only_process(run):
+        _run_all(settings, run, before, gold)
+
+
+def _run_all(
+    settings: PipelineSettings,
+    run: RunDir,
+    before: Sequence[Stage],
+    gold: Callable[[str, str, bool], float] | None,
+) -> None:
+    own = settings.own
     run_stages(run, before, say)
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
-    if own.rloo_only:
-        _check_reward_model(settings.rloo)
-    else:
+    if not own.rloo_only:
         first += [reward_stage(settings.reward, context), verification_stage(settings.reward, context)]
     run_stages(run, first, say)
-    stages = first
+    stages = [
+        *first,
+        rloo_stage(settings.rloo, context, judged_on=own.evaluation_prompts),
+        evaluation_stage(run, own, settings.rloo, context, gold),
+    ]
     if not own.reward_model_only:
         _refuse_weak_reward_model(settings)
-        stages = [
-            *first,
-            rloo_stage(settings.rloo, context),
-            evaluation_stage(run, own, settings.rloo, context, gold),
-        ]
         run_stages(run, stages, say)
-    summary = summarize_run(run, settings, [stage.name for stage in stages])
-    write_json(run.summary, summary)
+    summary = summarize_run(run, settings, finished_stages(run, stages))
+    if is_main_process():
+        write_json(run.summary, summary)
     show(results_table(summary))
     _say_next(settings, run)
 
@@ -126,7 +153,7 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
         "data": read_json(run.data_report),
         "reward_model": {"directory": settings.rloo.own.reward_model_path, **reward} if reward else None,
     }
-    if "evaluation" in outputs:
+    if {"rloo", "evaluation"} <= outputs.keys():
         summary["policy"] = {"directory": settings.rloo.own.output_dir, **outputs["evaluation"]}
         summary["rloo"] = outputs["rloo"]
     return {

@@ -14,13 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from helpsteer_rloo.checks import MINIMUM_ROOM
 from helpsteer_rloo.groups import Message
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 """Code points without a meaning of their own; one that a text does not use marks places in it."""
-
-MINIMUM_ROOM = 8
-"""A prompt must leave at least 1 / MINIMUM_ROOM of the limit for the response, or the pair is dropped."""
 
 
 class Renderer:

@@ -1,11 +1,12 @@
 """Where the files of a run lie, and how they are written: atomically, with the completion marker last."""
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ HELDOUT_PROMPTS = "heldout_prompts.txt"
 
 POLICY_RECORD = "policy.json"
 """In a policy's directory: how it was trained. Its presence marks a finished policy."""
+
+
+STAGE_MARKER = "stage.json"
+"""In a directory that a stage owns: which execution of which stage made its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,11 @@ class RunDir:
     def stage_started(self, name: str) -> Path:
         """Inputs of a stage that has begun; tells a restart whether what is half done can be gone on with."""
         return self.root / "stages" / f"{name}.started.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works on the run."""
+        return self.root / ".lock"
 
     @property
     def data_report(self) -> Path:
@@ -118,12 +128,36 @@ def fingerprint(content: object) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Move a directory that is about to be replaced to `<name>.previous`, replacing an earlier one; return that."""
-    previous = path.with_name(path.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
+    """Move a directory that is about to be replaced to `<name>.previous`, or the next free number; return that."""
+    candidates = (
+        path.with_name(f"{path.name}.previous{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 10_000)))
+    )
+    previous = next(candidate for candidate in candidates if not candidate.exists())
     path.rename(previous)
     return previous
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold a lock file for as long as the context lasts, so that no second process works on the same thing.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"Another process ({file.read().strip() or 'unknown'}) is working on {path.parent}; wait for its end, "
+                "or give another --output_dir or --name."
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        yield
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

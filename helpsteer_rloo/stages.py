@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.processes import is_main_process
-from helpsteer_rloo.run_dir import RunDir, fingerprint, read_json, set_aside, write_json
+from helpsteer_rloo.run_dir import STAGE_MARKER, RunDir, fingerprint, read_json, set_aside, write_json
 
 Say = Callable[[str], None]
 
@@ -21,9 +21,9 @@ class Stage:
     `inputs` is everything that decides the stage's result, besides the results of the stages it `needs` (by name;
     `None` stands for the stage before it). If the outputs hold a `fingerprint` of the result, running the stage again
     to the same result leaves the stages that need it finished; otherwise they run again too. `artefacts` must exist
-    for the stage to count as finished. `directory`, if any, belongs to the stage alone; it is moved aside, and its
-    `companions` with it, when the stage starts anew. A stage that is not `distributed` runs on the main process while
-    the others wait for its marker.
+    for the stage to count as finished. `directory`, if any, belongs to the stage alone and must then hold a file that
+    matches the pattern `content`; it is moved aside, and its `companions` with it, when the stage starts anew. A stage
+    that is not `distributed` runs on the main process while the others wait for its marker.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Stage:
     artefacts: tuple[Path, ...] = ()
     directory: Path | None = None
     companions: tuple[Path, ...] = ()
+    content: str = "*"
     distributed: bool = False
     needs: tuple[str, ...] | None = None
 
@@ -47,7 +48,7 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
     outputs: dict[str, dict[str, Any]] = {}
     for stage, needed in _with_needs(stages):
         key = _key(run, stage, needed)
-        if not _is_finished(run, stage, key):
+        if not is_finished(run, stage, key):
             _run_one(run, stage, key, say)
         outputs[stage.name] = (read_json(run.stage(stage.name)) or {})["outputs"]
     return outputs
@@ -79,9 +80,20 @@ def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(inputs), default=str))
 
 
-def _is_finished(run: RunDir, stage: Stage, key: str) -> bool:
+def is_finished(run: RunDir, stage: Stage, key: str) -> bool:
+    """Whether the stage has run for these inputs, and what it left is there, from that very execution."""
     record = read_json(run.stage(stage.name))
-    return record is not None and record["key"] == key and all(path.exists() for path in stage.artefacts)
+    if record is None or record["key"] != key or not all(path.exists() for path in stage.artefacts):
+        return False
+    if stage.directory is None:
+        return True
+    marker = read_json(stage.directory / STAGE_MARKER) or {}
+    return marker.get("execution") == record["execution"] and any(stage.directory.glob(stage.content))
+
+
+def finished_stages(run: RunDir, stages: Sequence[Stage]) -> list[str]:
+    """Names of the stages that are finished for their present inputs."""
+    return [stage.name for stage, needed in _with_needs(stages) if is_finished(run, stage, _key(run, stage, needed))]
 
 
 def _changes(run: RunDir, stages: Sequence[Stage]) -> list[str]:
@@ -110,47 +122,66 @@ def _run_one(run: RunDir, stage: Stage, key: str, say: Say) -> None:
         _wait_for(run, stage, key)
         return
     if main:
-        started = read_json(run.stage_started(stage.name))
-        goes_on = started is not None and (started["key"], started["directory"]) == (key, str(stage.directory))
-        if stage.directory is not None and not goes_on:
-            _clear(run, stage, say)
-        run.stage(stage.name).unlink(missing_ok=True)
-        marker = {"key": key, "inputs": _plain(stage.inputs), "directory": str(stage.directory)}
-        write_json(run.stage_started(stage.name), marker)
+        goes_on = _begin(run, stage, key, say)
         say(f"Stage {stage.name}" + (" goes on." if goes_on else "."))
     begin = time.monotonic()
     outputs = stage.run()
-    if main:
-        record = {
-            "key": key,
-            "execution": outputs.get("fingerprint") or uuid.uuid4().hex,
-            "inputs": _plain(stage.inputs),
-            "directory": str(stage.directory),
-            "outputs": outputs,
-            "seconds": round(time.monotonic() - begin, 2),
-        }
-        write_json(run.stage(stage.name), record)
-        run.stage_started(stage.name).unlink(missing_ok=True)
-    else:
+    if not main:
         _wait_for(run, stage, key)
+        return
+    execution = outputs.get("fingerprint") or uuid.uuid4().hex
+    if stage.directory is not None:
+        write_json(stage.directory / STAGE_MARKER, {"stage": stage.name, "key": key, "execution": execution})
+    record = {
+        "key": key,
+        "execution": execution,
+        "inputs": _plain(stage.inputs),
+        "outputs": outputs,
+        "seconds": round(time.monotonic() - begin, 2),
+    }
+    write_json(run.stage(stage.name), record)
+    run.stage_started(stage.name).unlink(missing_ok=True)
+
+
+def _begin(run: RunDir, stage: Stage, key: str, say: Say) -> bool:
+    """Take possession of the stage's directory; return whether an interrupted execution is gone on with."""
+    started = read_json(run.stage_started(stage.name))
+    goes_on = started is not None and started["key"] == key
+    if stage.directory is not None:
+        owned = read_json(stage.directory / STAGE_MARKER) or {}
+        goes_on = goes_on and owned.get("key") == key
+        if not goes_on:
+            refuse_foreign(stage.directory)
+            _set_aside(stage, say)
+            stage.directory.mkdir(parents=True, exist_ok=True)
+            write_json(stage.directory / STAGE_MARKER, {"stage": stage.name, "key": key, "execution": None})
+    run.stage(stage.name).unlink(missing_ok=True)
+    write_json(run.stage_started(stage.name), {"key": key, "inputs": _plain(stage.inputs)})
+    return goes_on
 
 
 def _wait_for(run: RunDir, stage: Stage, key: str) -> None:
-    while not _is_finished(run, stage, key):
+    while not is_finished(run, stage, key):
         time.sleep(1.0)
 
 
-def _clear(run: RunDir, stage: Stage, say: Say) -> None:
-    """Move the result of an earlier run out of the way; refuse to touch a directory of anything else."""
-    directory = stage.directory
-    if directory is None or not directory.exists() or not any(directory.iterdir()):
-        return
-    records = (read_json(run.stage(stage.name)), read_json(run.stage_started(stage.name)))
-    recorded = any(record is not None and record["directory"] == str(directory) for record in records)
-    if not recorded and not any(path.exists() for path in (*stage.artefacts, *directory.glob("checkpoint-*"))):
+def refuse_foreign(directory: Path) -> None:
+    """Refuse to touch a directory that holds anything but the result of a stage.
+
+    Raises:
+        ValueError: it is a file, or a directory with a content that no stage made.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file, where a directory is to be made; give another one.")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / STAGE_MARKER).exists():
         raise ValueError(
             f"{directory} is not empty and does not hold a result of this tool; it is left alone. "
             "Give another --output_dir, or empty the directory yourself."
         )
-    for path in (directory, *(companion for companion in stage.companions if companion.exists())):
-        say(f"The earlier result in {path} is kept as {set_aside(path)}.")
+
+
+def _set_aside(stage: Stage, say: Say) -> None:
+    """Move the result of an earlier execution, and what belongs to it, out of the way."""
+    for path in (stage.directory, *stage.companions):
+        if path is not None and path.is_dir() and any(path.iterdir()):
+            say(f"The earlier result in {path} is kept as {set_aside(path)}.")

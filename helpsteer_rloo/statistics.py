@@ -1,5 +1,6 @@
 """Intervals for the numbers that are reported: proportions over clustered observations, and paired differences."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,11 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as it is written to result files."""
-        return {"value": self.value, "interval": [self.low, self.high], "count": self.count}
+        return {"value": self.value, "interval": self.interval(), "count": self.count}
+
+    def interval(self) -> list[float | None]:
+        """Both ends of the interval, `None` where it is undefined."""
+        return [None if math.isnan(end) else end for end in (self.low, self.high)]
 
     def __str__(self) -> str:
         """The estimate as it is printed: `0.861 [0.832, 0.886], n = 640`."""
@@ -76,14 +81,17 @@ def _wilson(share: float, count: float) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """A mean with Student's t interval; of differences, for paired comparisons.
+    """A mean with Student's t interval; of differences, for paired comparisons. One value has no interval: it is NaN.
 
     Raises:
-        ValueError: there are fewer than two values.
+        ValueError: there is no value.
     """
-    if len(values) < 2:
-        raise ValueError("An interval of a mean needs at least two values.")
+    if not len(values):
+        raise ValueError("A mean of nothing is undefined: there is no value.")
     array = np.asarray(values, dtype=float)
-    centre, error = float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array)))
+    centre = float(array.mean())
+    if len(array) == 1:
+        return Estimate(centre, math.nan, math.nan, 1)
+    error = float(array.std(ddof=1) / np.sqrt(len(array)))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(array) - 1)) * error
     return Estimate(centre, centre - half, centre + half, len(array))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs, Settings
 from helpsteer_rloo.console import data_table, predictions_table, say, show
 from helpsteer_rloo.data.sources import content_digest, locate
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from helpsteer_rloo.data.preparation import Prepared
+    from helpsteer_rloo.groups import TokenGroup
     from helpsteer_rloo.rendering import Renderer
 
+WEIGHTS = "*.safetensors"
+_PROBED_BYTES = 1 << 20
 PROBES = 16
 """Held-out sequences whose scores a saved reward model must reproduce."""
 
@@ -92,8 +97,11 @@ def data_stage(run: RunDir, context: DataContext) -> Stage:
         show(data_table(report))
         return {name: report[name] for name in ("rows", "pairs", "prompts", "fingerprint")}
 
-    inputs = {**knobs, "model_name_or_path": context.model, "model_revision": context.revision}
-    inputs["source_digest"] = digest
+    inputs = {
+        **knobs,
+        "dataset_name": f"content:{digest}",
+        "tokenizer": _tokenizer_identity(context.model, context.revision),
+    }
     return Stage("data", inputs, work, artefacts=(run.data_report,))
 
 
@@ -113,6 +121,11 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
         )
         release()
         scores = training.pop("probe_scores")
+        if not all(math.isfinite(score) for score in scores):
+            raise ValueError(
+                "The reward model's scores are not finite: training diverged. Lower --learning_rate; the checkpoints "
+                f"in {directory} are of no use."
+            )
         if not is_main_process():
             return {}
         difference = check_reload(directory, probes, scores, training["base"])
@@ -126,8 +139,9 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
         "reward_model",
         _effective(settings),
         work,
-        artefacts=(directory / REWARD_MODEL_RECORD,),
+        artefacts=(directory / REWARD_MODEL_RECORD, directory / HELDOUT_PROMPTS),
         directory=directory,
+        content=WEIGHTS,
         distributed=True,
     )
 
@@ -148,7 +162,7 @@ def _reward_record(
             "pairs": report["splits"]["train"]["pairs"],
         },
         "settings": settings.describe(),
-        "training": {name: training[name] for name in ("steps", "train_loss")},
+        "training": {name: training[name] for name in ("steps", "last_metrics")},
         "reload": dict(reload),
         "provenance": provenance(),
     }
@@ -182,22 +196,30 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext) ->
     )
 
 
-def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext) -> Stage:
-    """Train the policy against the reward model."""
+def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: int = 0) -> Stage:
+    """Train the policy against the reward model, once it is sure that there are prompts to judge it on.
+
+    `judged_on` is the number of held-out prompts that an evaluation is to use afterwards; 0 if there is none.
+    """
     directory = Path(settings.own.output_dir)
+    model = str(settings.trl["model_name_or_path"])
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.cards import policy_card
-        from helpsteer_rloo.model.loading import release
+        from helpsteer_rloo.model.loading import load_tokenizer, release
         from helpsteer_rloo.training.policy import train_policy
 
+        if judged_on:
+            heldout_prompts(settings, context, judged_on)
+        other = model != context.model
+        tokenizer = load_tokenizer(model, settings.trl.get("model_revision")) if other else context.tokenizer
         groups = context.prepared.corpus.groups
-        training = train_policy(settings, context.tokenizer, groups["train"], groups["validation"])
+        training = train_policy(settings, tokenizer, groups["train"], groups["validation"])
         release()
         if not is_main_process():
             return {}
         record = {
-            "base_model": context.model,
+            "base_model": model,
             "base": training["base"],
             "adapter": training["adapter"],
             "reward_model": settings.own.reward_model_path,
@@ -216,10 +238,42 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext) -> Stage:
         work,
         artefacts=(directory / POLICY_RECORD,),
         directory=directory,
+        content=WEIGHTS,
         companions=(Path(settings.own.rollouts_dir),) if settings.own.rollouts_dir else (),
         distributed=True,
         needs=("data",),
     )
+
+
+def heldout_prompts(settings: Settings[RLOOKnobs], context: DataContext, most: int) -> tuple[list["TokenGroup"], Any]:
+    """Prompts to judge a policy on: held out from the reward model and the policy alike, short enough for both.
+
+    Returns:
+        At most `most` prompts, and the counts of those left out.
+
+    Raises:
+        ValueError: none is left, or the reward model renders prompts differently.
+    """
+    from helpsteer_rloo.data.helpsteer3 import prompt_key
+    from helpsteer_rloo.data.preparation import rollout_prompts
+
+    directory = Path(settings.own.reward_model_path)
+    record = read_json(directory / REWARD_MODEL_RECORD) or {}
+    if record["thinking"] != context.knobs.thinking:
+        mode = "with" if record["thinking"] else "without"
+        raise ValueError(f"The reward model in {directory} was trained {mode} --thinking; give the same setting here.")
+    keys = set((directory / HELDOUT_PROMPTS).read_text(encoding="utf-8").split())
+    split = context.prepared.corpus.groups["validation"]
+    unseen = [group for group in split if prompt_key(group.prompt) in keys]
+    counts = Counter({"seen_by_reward_model": len(split) - len(unseen)})
+    room = prompt_room(record["rendering"]["max_length"], settings.own.response_length)
+    groups = rollout_prompts(unseen, context.renderer, room, counts)[:most]
+    if not groups:
+        raise ValueError(
+            f"No held-out prompt is left to judge the policy on ({dict(counts)}): hold out more "
+            "(--validation_fraction), or lower --rloo.response_length."
+        )
+    return groups, dict(counts)
 
 
 def evaluation_stage(
@@ -233,16 +287,11 @@ def evaluation_stage(
     inputs = {"evaluation_prompts": own.evaluation_prompts, "evaluation_batch_size": own.evaluation_batch_size}
 
     def work() -> dict[str, Any]:
-        from helpsteer_rloo.data.preparation import prompt_room, rollout_prompts
         from helpsteer_rloo.evaluation.policy import EvaluationKnobs, PolicyPair, evaluate_policy
         from helpsteer_rloo.model.loading import Base
 
         record = read_json(Path(settings.own.output_dir) / POLICY_RECORD) or {}
-        reward_record = read_json(Path(settings.own.reward_model_path) / REWARD_MODEL_RECORD) or {}
-        counts: Counter[str] = Counter()
-        room = prompt_room(reward_record["rendering"]["max_length"], settings.own.response_length)
-        heldout = context.prepared.corpus.groups["validation"]
-        groups = rollout_prompts(heldout, context.renderer, room, counts)[: own.evaluation_prompts]
+        groups, counts = heldout_prompts(settings, context, own.evaluation_prompts)
         knobs = EvaluationKnobs(
             max_new_tokens=settings.own.response_length,
             temperature=float(settings.trl.get("temperature", 1.0)),
@@ -254,7 +303,7 @@ def evaluation_stage(
         pair = PolicyPair(Base(**record["base"]), Path(settings.own.output_dir), record["adapter"])
         result, samples = evaluate_policy(pair, settings.own.reward_model_path, context.tokenizer, groups, knobs, gold)
         write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
-        return result
+        return {**result, "heldout_prompts": counts}
 
     return Stage("evaluation", inputs, work, artefacts=(run.samples,), needs=("data", "rloo"))
 
@@ -263,7 +312,33 @@ def _effective(settings: Settings[Any]) -> dict[str, Any]:
     """The settings that decide a stage's result; the data's own are inputs of the data stage."""
     data = {field.name for field in fields(DataKnobs)}
     described = settings.describe()
-    return {k: v for k, v in described.items() if not k.startswith(_WITHOUT_EFFECT) and k not in data}
+    kept = {k: v for k, v in described.items() if not k.startswith(_WITHOUT_EFFECT) and k not in data}
+    return {**kept, "model_name_or_path": model_identity(str(kept["model_name_or_path"]))}
+
+
+def model_identity(name: str) -> str:
+    """A hub id as it is; for a local directory a digest of its configuration and of the ends of its weight files."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.jinja")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(file.read(_PROBED_BYTES))
+            file.seek(max(0, path.stat().st_size - _PROBED_BYTES))
+            digest.update(file.read())
+    return f"local:{digest.hexdigest()[:16]}"
+
+
+def _tokenizer_identity(name: str, revision: str | None) -> str:
+    """A hub id with its revision; for a local directory a digest of the tokenizer's files."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return f"{name}@{revision or 'main'}"
+    files = [directory / file for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists()))
+    return f"local:{digest.hexdigest()[:16]}"
 
 
 def _digest(directory: Path) -> str | None:
@@ -271,5 +346,5 @@ def _digest(directory: Path) -> str | None:
     record = read_json(directory / REWARD_MODEL_RECORD)
     if record is None:
         return None
-    kept = {name: record[name] for name in ("rendering", "data", "training", "reload")}
+    kept = {name: record.get(name) for name in ("rendering", "data", "training", "reload")}
     return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]

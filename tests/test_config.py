@@ -408,6 +408,25 @@ def test_what_yaml_reads_as_a_boolean_is_no_text(write, refused):
 @pytest.mark.parametrize(
     ("command", "argv", "message"),
     [
+        *(
+            (
+                command,
+                [f"--dataset_name={blank}"],
+                f"--dataset_name is {blank!r}; expected a hub id, a directory "
+                "('.' is the current one) or a .jsonl, .jsonl.gz or .parquet file.",
+            )
+            for command in (REWARD, RLOO)
+            for blank in ("", " ")
+        ),
+        *(
+            (
+                REWARD,
+                [f"--{name}={blank}"],
+                f"--{name} is {blank!r}; expected names separated by commas, or 'all' to keep everything.",
+            )
+            for name in ("language", "domains")
+            for blank in ("", " ", ",", " , ,")
+        ),
         (REWARD, ["--html_entities", "some"], "--html_entities is 'some'; expected prompt, all, none."),
         (REWARD, ["--overlong", "keep"], "--overlong is 'keep'; expected cut or drop."),
         (REWARD, ["--validation_fraction", "0"], "--validation_fraction is 0.0; expected between 0 and 1."),

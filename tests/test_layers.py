@@ -18,7 +18,19 @@ SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 # package's own __init__, which is run before any module and so may import next to nothing.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"", "groups", "config", "flags", "parsing", "run_dir", "processes", "provenance", "objectives", "statistics"}
+        {
+            "",
+            "groups",
+            "config",
+            "checks",
+            "flags",
+            "parsing",
+            "run_dir",
+            "processes",
+            "provenance",
+            "objectives",
+            "statistics",
+        }
     ),
     frozenset({"data", "rendering", "packing"}),
     frozenset({"model"}),
@@ -32,7 +44,9 @@ TRL_IMPORTERS = frozenset({"training"})
 # Only the standard library.
 STDLIB_ONLY = frozenset({"groups"})
 # Importing one of these loads nothing heavy, not even by way of another module, so that `--help` answers at once.
-LIGHT = frozenset({"config", "flags", "parsing", "run_dir", "pipeline", "data.demo", "cli", "demo", "data_command"})
+LIGHT = frozenset(
+    {"config", "checks", "flags", "parsing", "run_dir", "pipeline", "data.demo", "cli", "demo", "data_command"}
+)
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})
 
 

@@ -229,3 +229,85 @@ def test_a_reward_model_of_another_rendering_is_refused(finished, command, tmp_p
             [*data, f"--reward_model_path={model}", f"--output_dir={tmp_path / 'p'}", "--response_length=8"]
         )
     assert "chat_template differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rloo.rloo_k=3"], "no multiple of --rloo_k 3"),
+        (["--rloo.response_length=90"], "--response_length 90 leaves 6 tokens for the prompt"),
+        (["--rloo.temperature=0"], "--temperature is 0.0; expected more than 0."),
+        (["--reward_epochs=-1"], "--num_train_epochs is -1.0; expected more than 0."),
+        (["--reward_batch_size=0"], "--per_device_train_batch_size is 0; expected at least 1."),
+        (["--evaluation_batch_size=0"], "--evaluation_batch_size is 0; expected at least 1."),
+        (["--seed=-1"], "--seed is -1; expected 0 or more."),
+        (["--rloo.eval_strategy=steps"], "eval_strategy cannot be set here"),
+        (["--reward.thinking=true"], "--reward.thinking cannot differ"),
+        (["--policy_dir=models/qwen3_8b_reward_model"], "need directories apart"),
+        (["--reward_model_dir=runs/x", "--policy_dir=p", "--output_dir=runs/x"], "must not lie in the directory"),
+    ],
+)
+def test_mistakes_in_later_stages_are_found_before_the_first(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_pipeline([*SMALL, *flags])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_of_the_users_is_never_touched(command, tmp_path, capsys):
+    for name in ("checkpoint-500", "notes"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    (tmp_path / "mine" / "precious.txt").write_text("years of work")
+    for flag in ("--reward_model_dir", "--policy_dir"):
+        with pytest.raises(SystemExit):
+            cli.run_pipeline([*command, f"--output_dir={tmp_path / 'run'}", f"{flag}={tmp_path / 'mine'}"])
+        assert "does not hold a result of this tool" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "years of work"
+    assert not (tmp_path / "run" / "reward_model").exists()
+
+
+def test_a_model_that_another_run_replaced_is_not_taken_for_finished(command, tmp_path, capsys):
+    model = tmp_path / "model"
+    common = [*command, f"--reward_model_dir={model}", "--reward_model_only", "--allow_weak_reward_model"]
+    first, second = ([*common, f"--output_dir={tmp_path / name}"] for name in ("a", "b"))
+    cli.run_pipeline(first)
+    weights = (model / "model.safetensors").read_bytes()
+    cli.run_pipeline([*second, "--reward.learning_rate=5e-4"])
+    assert (tmp_path / "model.previous" / "model.safetensors").read_bytes() == weights
+    capsys.readouterr()
+    cli.run_pipeline(first)
+    assert "Stage reward_model." in capsys.readouterr().out
+    assert (model / "model.safetensors").read_bytes() == weights  # the same settings give the same bits
+
+
+def test_lost_weights_are_noticed_and_another_spelling_of_a_path_is_not(command, tmp_path, capsys, monkeypatch):
+    arguments = [*command, "--reward_model_only", "--allow_weak_reward_model"]
+    cli.run_pipeline([*arguments, f"--output_dir={tmp_path / 'run'}"])
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    cli.run_pipeline([*arguments, "--output_dir=run"])
+    assert "Stage" not in capsys.readouterr().out
+    (tmp_path / "run" / "reward_model" / "model.safetensors").unlink()
+    cli.run_pipeline([*arguments, "--output_dir=run"])
+    assert "Stage reward_model." in capsys.readouterr().out
+
+
+def test_prompts_that_cannot_be_judged_stop_the_run_before_rloo(command, tmp_path, capsys):
+    arguments = [*command, f"--output_dir={tmp_path}", "--allow_weak_reward_model", "--rloo.response_length=80"]
+    with pytest.raises(SystemExit):
+        cli.run_pipeline(arguments)
+    assert "No held-out prompt is left to judge the policy on" in capsys.readouterr().err
+    assert not (tmp_path / "policy" / "policy.json").exists()
+    assert not list(tmp_path.glob("policy/checkpoint-*"))
+
+
+def test_a_reward_model_without_its_heldout_prompts_is_refused(finished, command, tmp_path, capsys):
+    directory, _ = finished
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(directory / "reward_model"), str(model)], check=True)
+    (model / "heldout_prompts.txt").unlink()
+    with pytest.raises(SystemExit):
+        cli.run_pipeline([*command, f"--output_dir={tmp_path / 'run'}", "--rloo_only", f"--reward_model_dir={model}"])
+    error = capsys.readouterr().err
+    assert "--reward_model_dir" in error
+    assert "heldout_prompts.txt is missing" in error

@@ -15,6 +15,7 @@ from helpsteer_rloo.run_dir import (
     RunDir,
     fingerprint,
     latest_checkpoint,
+    locked,
     read_json,
     set_aside,
     write_bytes,
@@ -165,17 +166,27 @@ def test_the_record_of_a_run_has_its_places(tmp_path):
     ]
 
 
-def test_setting_aside_keeps_the_last_result_only(tmp_path):
+def test_setting_aside_never_replaces_an_earlier_result(tmp_path):
     directory = tmp_path / "model"
-    for content in ("first", "second"):
+    for content, name in (("first", "model.previous"), ("second", "model.previous-2"), ("third", "model.previous-3")):
         directory.mkdir()
         (directory / "weights").write_text(content)
-        (directory / content).write_text("")
-        assert set_aside(directory) == tmp_path / "model.previous"
+        assert set_aside(directory) == tmp_path / name
         assert not directory.exists()
-    assert names(tmp_path) == ["model.previous"]
-    assert names(tmp_path / "model.previous") == ["second", "weights"]
-    assert (tmp_path / "model.previous" / "weights").read_text() == "second"
+    assert [(tmp_path / f"model.previous{n}" / "weights").read_text() for n in ("", "-2", "-3")] == [
+        "first",
+        "second",
+        "third",
+    ]
+
+
+def test_a_second_holder_of_a_lock_is_refused_until_the_first_lets_go(tmp_path):
+    lock = tmp_path / "run" / ".lock"
+    message = rf"Another process \(pid {os.getpid()}\) is working on"
+    with locked(lock), pytest.raises(ValueError, match=message), locked(lock):
+        pass
+    with locked(lock):
+        pass
 
 
 def checkpoint(directory, name, complete=True):

@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6})
 """Entities are decoded only when written in full, so that `?a=1&copy=2` stays as it is."""
 
 _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
+_BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
+"""Whitespace, and the characters of no width, which `str.strip` leaves."""
+_LONGEST_VALUE = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +162,13 @@ class _FieldReader:
         value = self.value(self.raw.content, "overall_preference")
         whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
         if not whole or not -3 <= value <= 3:
-            raise self.bad("overall_preference", f"expected a whole number from -3 to 3, got {value!r}")
+            raise self.bad("overall_preference", f"expected a whole number from -3 to 3, got {_shown(value)}")
         return int(value)
+
+
+def _shown(value: Any) -> str:
+    text = reprlib.repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 def _decode_entities(row: Row, where: str) -> Row:
@@ -187,7 +196,7 @@ def select_rows(rows: Iterable[Row], knobs: DataKnobs, counts: Counts) -> Iterat
         else:
             counts.selected += 1
             counts.ties += row.overall_preference == 0
-            counts.empty_responses += any(not response.strip() for response in row.responses)
+            counts.empty_responses += _has_empty_response(row)
             prompts.add(row.context)
             reason = unusable(row)
             if reason is None:
@@ -206,13 +215,17 @@ def unusable(row: Row) -> str | None:
     """The first reason why a row makes no preference pair, or `None`."""
     if row.overall_preference == 0:
         return "tie"
-    if any(not response.strip() for response in row.responses):
+    if _has_empty_response(row):
         return "empty_response"
     if row.responses[0] == row.responses[1]:
         return "identical_responses"
     if row.context[-1].role != "user":
         return f"context_ends_with_{row.context[-1].role}"
     return None
+
+
+def _has_empty_response(row: Row) -> bool:
+    return any(_BLANK.fullmatch(response) for response in row.responses)
 
 
 def chosen_response(row: Row) -> int:

@@ -13,7 +13,7 @@ from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.data.helpsteer3 import Corpus, Counts, load_corpus, prompt_key
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.groups import Message, Preference, PromptGroup, Split, TokenGroup
-from helpsteer_rloo.rendering import MINIMUM_ROOM, Renderer
+from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import fingerprint
 
 PERCENTILES = (50, 90, 95, 99, 100)
@@ -140,21 +140,6 @@ class _Builder:
 
     def build(self, prompt: tuple[Message, ...]) -> TokenGroup:
         return TokenGroup(prompt, self.prompt_ids, tuple(self.index), tuple(self.preferences))
-
-
-def prompt_room(max_length: int, response_length: int) -> int:
-    """Tokens that a reward model's limit leaves for a prompt beside the longest completion.
-
-    Raises:
-        ValueError: it leaves too few.
-    """
-    room = max_length - response_length
-    if room < max_length // MINIMUM_ROOM:
-        raise ValueError(
-            f"--response_length {response_length} leaves {max(room, 0)} tokens for the prompt: the reward model reads "
-            f"at most {max_length} in all. Lower --response_length, or train the reward model with more --max_length."
-        )
-    return room
 
 
 def rollout_prompts(

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from helpsteer_rloo.groups import Split
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0
-_SPLIT_PREFIXES: tuple[tuple[str, Split], ...] = (
-    ("train", "train"),
-    ("validation", "validation"),
-    ("valid", "validation"),
-    ("val", "validation"),
-    ("dev", "validation"),
-    ("test", "validation"),
-)
+_SPLIT_WORDS: dict[str, Split] = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "validation",
+}
 
 
 class BadRowError(ValueError):
@@ -54,7 +55,8 @@ def locate(knobs: DataKnobs) -> list[RowFile]:
     """Find the files of a data set, downloading them if `dataset_name` is a hub id.
 
     Raises:
-        ValueError: nothing is there, the file type is unknown, or the hub cannot be reached.
+        ValueError: nothing is there, the file type is unknown, two files differ in their endings alone, or the hub
+            cannot be reached.
     """
     path = Path(knobs.dataset_name)
     if path.is_file():
@@ -62,17 +64,36 @@ def locate(knobs: DataKnobs) -> list[RowFile]:
             raise ValueError(f"{path}: unknown file type; expected one of {', '.join(ENDINGS)}.")
         return [RowFile(path, None)]
     directory = path if path.is_dir() else _download(knobs)
-    folders = (directory / knobs.dataset_subset, directory / "data", directory)
-    directory = next(folder for folder in folders if folder.is_dir())
-    files = [RowFile(p, _split_of_name(p)) for p in sorted(directory.iterdir()) if p.name.endswith(ENDINGS)]
-    if not files:
-        raise ValueError(f"{directory}: no file of rows here; expected files ending in {', '.join(ENDINGS)}.")
-    return files
+    folders = dict.fromkeys((directory / knobs.dataset_subset, directory / "data", directory))
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    paths = _paths_of_rows(folder) if folder else []
+    if not paths:
+        raise ValueError(
+            f"{folder or directory}: no file of rows here; expected files ending in {', '.join(ENDINGS)}. "
+            f"The first of these folders that exists is read: {', '.join(map(str, folders))}. "
+            "Look at --dataset_name and --dataset_subset."
+        )
+    return [RowFile(path, _split_of_name(path)) for path in paths]
+
+
+def _paths_of_rows(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS) and not path.is_dir())
+    by_name: dict[str, list[str]] = {}
+    for path in paths:
+        ending = next(ending for ending in ENDINGS if path.name.endswith(ending))
+        by_name.setdefault(path.name.removesuffix(ending), []).append(path.name)
+    for same in by_name.values():
+        if len(same) > 1:
+            raise ValueError(
+                f"{folder}: {' and '.join(same)} differ in their endings alone, so every row would count "
+                f"{len(same)} times. Keep one of them and move the rest away, or pass one file as --dataset_name."
+            )
+    return paths
 
 
 def _split_of_name(path: Path) -> Split | None:
-    name = path.name.lower()
-    return next((split for prefix, split in _SPLIT_PREFIXES if name.startswith(prefix)), None)
+    """The split that the first word of the name says; anything but a letter ends a word."""
+    return _SPLIT_WORDS.get(re.split(r"[\W\d_]", path.name.lower(), maxsplit=1)[0])
 
 
 def _download(knobs: DataKnobs) -> Path:

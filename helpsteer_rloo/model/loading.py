@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -111,6 +112,11 @@ def read_reward_record(directory: str | Path) -> dict[str, Any]:
             f"{directory}: no {REWARD_MODEL_RECORD} here, so this is not a reward model that reward_model_training.py "
             "finished. Train one first, or give its directory with --reward_model_path."
         )
+    missing = [name for name in ("base", "adapter", "thinking", "rendering", "base_model") if name not in record]
+    if missing:
+        raise ValueError(
+            f"{directory}: {REWARD_MODEL_RECORD} lacks {', '.join(missing)}; it is damaged or older than this."
+        )
     return record
 
 
@@ -131,7 +137,7 @@ def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
             model = PeftModel.from_pretrained(model, str(directory))
         else:
             model = loader(str(directory), num_labels=1, **dataclasses.replace(base, revision=None).load_kwargs())
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(_cannot_load("reward model", str(directory), error)) from None
     return _ready(model), record
 
@@ -156,7 +162,7 @@ def load_policy(base: Base, adapter: str | Path | None = None) -> Model:
         model: Model = AutoModelForCausalLM.from_pretrained(base.name, **base.load_kwargs())
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(_cannot_load("model", base.name, error)) from None
     return _ready(model)
 
@@ -173,6 +179,10 @@ def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     own = cast(int, tokenizer.eos_token_id)
     return ids if own in ids else [own, *ids]
+
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What loading raises for weights that are missing, cut short, or of another shape than the configuration says."""
 
 
 def release() -> None:

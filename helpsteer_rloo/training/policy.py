@@ -1,5 +1,6 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
-from helpsteer_rloo.data.preparation import prompt_room, rollout_prompts
+from helpsteer_rloo.data.preparation import rollout_prompts
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.model.loading import load_reward_model, read_reward_record
 from helpsteer_rloo.processes import process_count
@@ -41,6 +43,11 @@ def train_policy(
     """
     own = settings.own
     record = read_reward_record(own.reward_model_path)
+    if own.thinking != record["thinking"]:
+        mode = "with" if record["thinking"] else "without"
+        raise ValueError(
+            f"The reward model in {own.reward_model_path} was trained {mode} --thinking; give the same setting here."
+        )
     args = rloo_args(settings, record)  # before any model, since it decides which device is this process's
     renderer = check_rendering(record, tokenizer)
     counts: Counter[str] = Counter()
@@ -64,7 +71,15 @@ def train_policy(
     checkpoint = latest_checkpoint(Path(own.output_dir))
     if trainer.accelerator.is_main_process and args.rollouts_dir:
         discard_rollouts_from(Path(args.rollouts_dir), int(checkpoint.name[11:]) if checkpoint else 0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise ValueError(
+            f"The policy diverged at step {trainer.state.global_step}: its probabilities are no longer numbers. "
+            "Lower --learning_rate, or raise --kl_coef."
+        ) from error
     trainer.save_model(own.output_dir)
     return {
         "steps": trainer.state.global_step,
@@ -109,8 +124,7 @@ def training_prompts(
     own: RLOOKnobs, renderer: Renderer, room: int, prompts: list[PromptGroup], counts: Counter[str]
 ) -> list[TokenGroup]:
     """The prompts to sample for: not held out by the reward model, cut to `room` tokens, each once."""
-    path = Path(own.reward_model_path) / HELDOUT_PROMPTS
-    heldout = set(path.read_text(encoding="utf-8").split()) if path.exists() else set[str]()
+    heldout = set((Path(own.reward_model_path) / HELDOUT_PROMPTS).read_text(encoding="utf-8").split())
     allowed = [group for group in prompts if prompt_key(group.prompt) not in heldout]
     counts["heldout_by_reward_model"] = len(prompts) - len(allowed)
     return rollout_prompts(allowed, renderer, room, counts)
@@ -143,11 +157,18 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         beta=own.kl_coef,
         epsilon=own.cliprange,
         max_completion_length=own.response_length,
+        save_steps=_whole_batches(settings.trl.get("save_steps", 500), own),
         chat_template_kwargs={"enable_thinking": record["thinking"]},
         missing_eos_penalty=own.missing_eos_penalty,
         rollout_forward_batch_size=own.local_rollout_forward_batch_size,
         rollouts_dir=own.rollouts_dir or str(Path(own.output_dir) / "rollouts"),
     )
+
+
+def _whole_batches(save_steps: float, own: RLOOKnobs) -> float:
+    """Save only where a batch of rollouts ends, since TRL cannot go on inside one; a share below 1 stays as it is."""
+    batch = own.num_ppo_epochs * own.num_mini_batches
+    return save_steps if save_steps < 1 else math.ceil(save_steps / batch) * batch
 
 
 def _prompt_dataset(groups: list[TokenGroup]) -> Dataset:

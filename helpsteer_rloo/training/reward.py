@@ -42,8 +42,8 @@ class RewardTrainer(trl.RewardTrainer):
             for parameter in inner.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        _, head = scalar_head(inner)
-        if not any(parameter.requires_grad for parameter in head.parameters()):
+        head = getattr(inner.get_base_model() if isinstance(inner, PeftModel) else inner, "score", None)
+        if isinstance(head, torch.nn.Module) and not any(parameter.requires_grad for parameter in head.parameters()):
             raise ValueError(
                 "The model's scalar head 'score' is frozen, so training would optimize against a random head. "
                 "Create the adapter with task_type='SEQ_CLS', or pass `peft_config` and let the trainer do so."
@@ -99,7 +99,7 @@ def train_reward_model(
         probes: Token sequences whose scores are returned, to be compared with those of the saved model.
 
     Returns:
-        `steps`, `train_loss`, `base`, `adapter`, and `probe_scores`.
+        `steps`, `last_metrics`, `base`, `adapter`, and `probe_scores`.
     """
     args = build_args(trl.RewardConfig, settings, output_dir=settings.own.output_dir, max_length=None)
     setup = build_model_setup(settings, args, task_type="SEQ_CLS")
@@ -114,18 +114,24 @@ def train_reward_model(
         peft_config=setup.peft,
     )
     checkpoint = latest_checkpoint(Path(settings.own.output_dir))
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     to_stored_dtype(model, setup.base.dtype)
     trainer.save_model(settings.own.output_dir)
     scores = score_sequences(model, probes, batch_size=1)
     return {
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "last_metrics": _last_metrics(trainer.state.log_history),
         "base": asdict(setup.base),
         "adapter": setup.peft is not None,
         "probe_scores": scores,
     }
+
+
+def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The training metrics logged last; unlike the mean loss of a run they do not depend on interruptions."""
+    logged = [row for row in history if "loss" in row]
+    return {name: logged[-1][name] for name in ("loss", "accuracy", "margin") if name in logged[-1]} if logged else {}
 
 
 def to_stored_dtype(model: torch.nn.Module, dtype: str) -> None:

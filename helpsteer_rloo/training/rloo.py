@@ -10,12 +10,14 @@ from typing import Any, cast
 import torch
 import trl
 from accelerate.utils import gather, gather_object
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
 
 from helpsteer_rloo.groups import Message
+from helpsteer_rloo.model.forward import scalar_head
 from helpsteer_rloo.objectives import kl_k1, penalized_rewards, rloo_advantages
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
@@ -51,6 +53,7 @@ class _Rewards:
     """Rewards and advantages of all processes' completions, `[B]`; NaN marks a completion nothing could score."""
 
     by_source_BF: Tensor
+    unclipped_B: Tensor
     score_B: Tensor
     penalty_B: Tensor
     kl_B: Tensor | None
@@ -61,16 +64,16 @@ class _Rewards:
 class RLOOTrainer(trl.RLOOTrainer):
     """TRL's `RLOOTrainer`, same arguments and configurations, with these differences.
 
-    - A reward model that shares the policy's vocabulary is given the sampled ids themselves, in chunks. (TRL 1.16
-      decodes and renders them again, so a completion that was cut off arrives with an end of turn.) Reward functions
-      receive the rendered prompts as `prompt_ids`, besides TRL's arguments.
+    - A reward model, bare or with LoRA, that shares the policy's vocabulary and chat template is given the sampled ids
+      themselves, in chunks. (TRL 1.16 decodes and renders them again, so a completion that was cut off arrives with an
+      end of turn.) Reward functions receive the rendered prompts as `prompt_ids`, besides TRL's arguments.
     - Text of a prompt that spells a control token stays text.
     - The completions of a prompt stay together when a batch of rollouts is shuffled and split.
     - `missing_eos_penalty` is subtracted from the score of a completion that did not end by itself.
     - With `rollouts_dir`, every completion goes to a ledger.
 
-    Images, reward models with another vocabulary and prompts that do not end with a user turn are left to TRL's own
-    path, with one warning.
+    Images, prompts that do not end with a user turn, and reward models with another vocabulary, chat template or head
+    are left to TRL's own path, the reward models and images with one warning.
     """
 
     def __init__(
@@ -84,11 +87,12 @@ class RLOOTrainer(trl.RLOOTrainer):
         self.rollouts_dir = Path(ours.rollouts_dir) if ours and ours.rollouts_dir else None
         self._fallbacks: set[str] = set()
         self._renderer = self._make_renderer()
+        pairs = zip(self.reward_funcs, self.reward_processing_classes, strict=True)
+        prepared = [self._prepare_adapted(func, processing) for func, processing in pairs]
+        self.reward_processing_classes = [processing for _, processing in prepared]
         self.reward_funcs = [
             self._exact(func, processing, name)
-            for func, processing, name in zip(
-                self.reward_funcs, cast(list[Any], self.reward_processing_classes), self.reward_func_names, strict=True
-            )
+            for (func, processing), name in zip(prepared, self.reward_func_names, strict=True)
         ]
 
     def _make_renderer(self) -> Renderer | None:
@@ -96,14 +100,54 @@ class RLOOTrainer(trl.RLOOTrainer):
             return None
         return Renderer(self._tokenizer, template_kwargs=cast(dict[str, Any], self.chat_template_kwargs))
 
+    def _prepare_adapted(self, func: Any, processing: Any) -> tuple[Any, Any]:
+        """Give a reward model with an adapter the device, tokenizer and padding id that TRL gives bare ones only."""
+        if not isinstance(func, PeftModel):
+            return func, processing
+        func = self.accelerator.prepare_model(func.eval(), evaluation_mode=True, device_placement=True)
+        config = func.get_base_model().config
+        if processing is None:
+            processing = self._tokenizer_of(config._name_or_path)
+        if processing is not None:
+            if processing.pad_token_id is None:
+                processing.pad_token = processing.eos_token
+            config.get_text_config().pad_token_id = processing.pad_token_id
+        return func, processing
+
+    def _tokenizer_of(self, base: str) -> PreTrainedTokenizerBase | None:
+        try:
+            trusted = cast(Any, self.args).trust_remote_code
+            return cast(Any, AutoTokenizer).from_pretrained(base, trust_remote_code=trusted)
+        except (OSError, ValueError, KeyError, ImportError):
+            self._fall_back(
+                f"the tokenizer of a reward model's base, {base!r}, cannot be loaded; pass `reward_processing_classes`"
+            )
+            return None
+
     def _exact(self, func: Any, processing: Any, name: str) -> Any:
-        """A reward model on the policy's vocabulary becomes a scorer of ids; anything else is left to TRL."""
-        if not isinstance(func, PreTrainedModel):
+        """A reward model that can be given the policy's ids becomes a scorer of ids; anything else is left to TRL."""
+        if not isinstance(func, PreTrainedModel | PeftModel) or processing is None:
             return func
-        if not isinstance(processing, PreTrainedTokenizerBase) or processing.get_vocab() != self._tokenizer.get_vocab():
-            self._fall_back("a reward model with a vocabulary of its own is given decoded text")
+        obstacle = self._obstacle(func, processing)
+        if obstacle is not None:
+            self._fall_back(f"a reward model with {obstacle} is given decoded text")
             return func
         return RewardModelScorer(func.eval(), batch_size=self._chunk(), max_length=None, name=name)
+
+    def _obstacle(self, func: PreTrainedModel | PeftModel, processing: Any) -> str | None:
+        """What keeps a reward model from being given the policy's ids, if anything does."""
+        if not isinstance(processing, PreTrainedTokenizerBase) or processing.get_vocab() != self._tokenizer.get_vocab():
+            return "a vocabulary of its own"
+        theirs, ours = processing.chat_template, self._tokenizer.chat_template
+        if theirs and ours and theirs != ours:
+            return "a chat template of its own"
+        if isinstance(func, PeftModel) and func.active_peft_config.is_prompt_learning:
+            return "virtual tokens"  # which are added by a forward pass that scoring goes around
+        try:
+            scalar_head(func)
+        except ValueError:
+            return "no head named 'score'"
+        return None
 
     def _fall_back(self, what: str) -> None:
         if what not in self._fallbacks:
@@ -216,17 +260,16 @@ class RLOOTrainer(trl.RLOOTrainer):
         device = self.accelerator.device
         with_ids = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, rollout.prompt_ids, strict=True)]
         by_source_BF = self._calculate_rewards(with_ids, rollout.prompts, rollout.completions, rollout.completion_ids)
-        score_B = (by_source_BF * self.reward_weights.to(device)).nansum(dim=1)
-        score_B[by_source_BF.isnan().all(dim=1)] = torch.nan
-        if self.reward_clip_range:
-            score_B = score_B.clamp(*self.reward_clip_range)
+        unclipped_B = (by_source_BF * self.reward_weights.to(device)).nansum(dim=1)
+        unclipped_B[by_source_BF.isnan().all(dim=1)] = torch.nan
+        score_B = unclipped_B.clamp(*self.reward_clip_range) if self.reward_clip_range else unclipped_B
         unfinished_B = _gathered(torch.tensor([not ended for ended in rollout.ended], device=device))
         penalty_B = self.missing_eos_penalty * unfinished_B.float()
         reward_B = penalized_rewards(score_B, penalty_B, kl_B, self.beta)
         advantage_B = rloo_advantages(
             reward_B.view(-1, self._group_size), normalize=bool(self.normalize_advantages)
         ).flatten()
-        return _Rewards(by_source_BF, score_B, penalty_B, kl_B, reward_B, advantage_B)
+        return _Rewards(by_source_BF, unclipped_B, score_B, penalty_B, kl_B, reward_B, advantage_B)
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
@@ -238,8 +281,8 @@ class RLOOTrainer(trl.RLOOTrainer):
         for name, source_B in zip(self.reward_func_names, rewards.by_source_BF.unbind(1), strict=True):
             metrics[f"rewards/{name}/mean"].append(source_B.nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(source_B).item())
-        metrics["reward"].append(rewards.score_B.nanmean().item())
-        metrics["reward_std"].append(nanstd(rewards.score_B).item())
+        metrics["reward"].append(rewards.unclipped_B.nanmean().item())
+        metrics["reward_std"].append(nanstd(rewards.unclipped_B).item())
         groups_PN = rewards.reward_B.view(-1, self._group_size)
         equal_P = (groups_PN - groups_PN[:, :1]).abs().nan_to_num(0.0).amax(1) < 1e-8
         metrics["frac_reward_zero_std"].append(equal_P.float().mean().item())

@@ -126,6 +126,19 @@ def test_ties_and_rows_with_an_empty_response_are_counted_also_where_another_rea
     assert counts.prompts == 9
 
 
+@pytest.mark.parametrize("blank", ["\u200b", "\u200c", "\u200d", "\u2060", "\ufeff", " \u200b\n\ufeff\u00a0\u2060\t"])
+def test_a_response_of_characters_of_no_width_is_empty(blank, load):
+    counts = load([make_row("kept"), make_row("a", first=blank), make_row("b", second=blank)]).counts
+    assert dict(counts.dropped) == {"empty_response": 2}
+    assert (counts.empty_responses, counts.pairs) == (2, 1)
+
+
+def test_characters_of_no_width_inside_a_response_stay(load):
+    corpus = load([make_row("p", "\u200b\U0001f469\u200d\U0001f33e\n", "\ufeff.")])
+    assert pairs(corpus) == [("p", "\u200b\U0001f469\u200d\U0001f33e\n", "\ufeff.", 2, 0)]
+    assert corpus.counts.empty_responses == 0
+
+
 def languages():
     return [
         make_row("general"),
@@ -259,6 +272,24 @@ def test_a_bad_row_is_counted_under_its_reason_and_skipped_if_asked(line, field,
     assert corpus.counts.rows == 3
     assert list(corpus.counts.bad_rows.values()) == [1]
     assert next(iter(corpus.counts.bad_rows)).startswith(f"{field}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("value", "start"),
+    [
+        ("x" * 100_000, "'xxxxxxxx"),
+        (10**4000, "1000000"),
+        (["y" * 1000] * 1000, "['yyyy"),
+        ({"key" * 100: {"a": [1] * 9999}}, "{'keykey"),
+    ],
+    ids=["string", "number", "list", "object"],
+)
+def test_a_huge_preference_is_shortened_in_the_message(value, start, load):
+    with pytest.raises(ValueError, match="line 1, field 'overall_preference'") as caught:
+        load([make_row(overall_preference=value)])
+    shown = str(caught.value).splitlines()[0].partition("expected a whole number from -3 to 3, got ")[2]
+    assert shown.startswith(start)
+    assert len(shown) <= 40
 
 
 def test_bad_rows_of_one_kind_are_counted_together(load):

@@ -174,7 +174,80 @@ def test_a_directory_without_rows_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="no file of rows here") as caught:
         locate(DataKnobs(dataset_name=str(tmp_path)))
-    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value) == (
+        f"{tmp_path}: no file of rows here; expected files ending in .jsonl, .jsonl.gz, .parquet. "
+        f"The first of these folders that exists is read: {tmp_path}/preference, {tmp_path}/data, {tmp_path}. "
+        "Look at --dataset_name and --dataset_subset."
+    )
+
+
+def test_an_empty_folder_of_the_subset_is_named_and_not_passed_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "train.jsonl", [])
+    with pytest.raises(ValueError, match="no file of rows here") as caught:
+        locate(DataKnobs(dataset_name=str(tmp_path), dataset_subset="data"))
+    assert str(caught.value).startswith(f"{tmp_path}/data: no file of rows here; ")
+    assert f" is read: {tmp_path}/data, {tmp_path}. " in str(caught.value), "no folder is listed twice"
+
+
+def test_a_folder_named_like_a_file_of_rows_is_no_file_of_rows(tmp_path):
+    (tmp_path / "train.jsonl").mkdir()
+    (tmp_path / "x.jsonl").mkdir()
+    with pytest.raises(ValueError, match="no file of rows here"):
+        locate(DataKnobs(dataset_name=str(tmp_path)))
+    write_jsonl(tmp_path / "train.jsonl.gz", [])
+    assert names_and_splits(dataset_name=str(tmp_path)) == [("train.jsonl.gz", "train")]
+
+
+def test_a_link_to_nothing_is_kept_so_that_no_rows_are_lost_in_silence(tmp_path):
+    (tmp_path / "train.jsonl").symlink_to(tmp_path / "absent")
+    (file,) = locate(DataKnobs(dataset_name=str(tmp_path)))
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(read_rows(file))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "train.jsonl.gz"),
+        ("train.jsonl", "train.parquet"),
+        ("a.b.jsonl.gz", "a.b.parquet"),
+        ("train.jsonl", "train.jsonl.gz", "train.parquet"),
+    ],
+    ids="+".join,
+)
+def test_files_that_differ_in_their_endings_alone_are_refused(names, tmp_path):
+    for name in (*names, "validation.jsonl", "train-2.jsonl"):
+        (tmp_path / "preference").mkdir(exist_ok=True)
+        (tmp_path / "preference" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="differ in their endings alone") as caught:
+        locate(DataKnobs(dataset_name=str(tmp_path)))
+    assert str(caught.value) == (
+        f"{tmp_path}/preference: {' and '.join(names)} differ in their endings alone, so every row would count "
+        f"{len(names)} times. Keep one of them and move the rest away, or pass one file as --dataset_name."
+    )
+    assert names_and_splits(dataset_name=f"{tmp_path}/preference/{names[0]}") == [(names[0], None)]
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [("train", "train"), *((word, "validation") for word in ("validation", "valid", "val", "dev", "test"))],
+)
+def test_a_split_is_named_by_the_first_word_of_a_file(word, split, tmp_path):
+    names = ["", "-00000-of-00001", "_0", "0", ".en", " copy"]
+    for name in names:
+        (tmp_path / f"{word}{name}.jsonl").write_bytes(b"")
+    (tmp_path / f"{word.upper()}-big.parquet").write_bytes(b"")
+    found = names_and_splits(dataset_name=str(tmp_path))
+    assert len(found) == len(names) + 1
+    assert {of_name for _, of_name in found} == {split}
+
+
+def test_a_word_that_only_begins_like_a_split_names_none(tmp_path):
+    words = ["testimonials", "valuable", "developers", "trainees", "validationist", "valé", "détest", "my_train", "0"]
+    for word in words:
+        (tmp_path / f"{word}.jsonl").write_bytes(b"")
+    assert names_and_splits(dataset_name=str(tmp_path)) == [(f"{word}.jsonl", None) for word in sorted(words)]
 
 
 @pytest.mark.parametrize("name", ["rows", "data/rows.jsonl", "./data/rows", "/data/rows", "~/rows", "a/b/c", "../rows"])
@@ -234,6 +307,14 @@ def test_a_data_set_of_the_hub_is_fetched_by_subset_and_revision(tmp_path, monke
     assert asked["allow_patterns"] == ["pairs/*.jsonl", "pairs/*.jsonl.gz", "pairs/*.parquet"]
     assert asked["etag_timeout"] <= 60
     assert [len(corpus.groups[split]) for split in ("train", "validation")] == [1, 1]
+
+
+def test_a_data_set_of_the_hub_without_the_subset_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(tmp_path / "never_made"))
+    with pytest.raises(ValueError, match="no file of rows here") as caught:
+        locate(DataKnobs(dataset_name="owner/name", dataset_subset="pairs"))
+    assert f"{tmp_path}/never_made/pairs, {tmp_path}/never_made/data, " in str(caught.value)
 
 
 def test_a_local_directory_named_like_a_hub_id_wins_over_the_hub(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from helpsteer_rloo.evaluation import stock_scores
 from helpsteer_rloo.model.forward import scalar_head, score_sequences
@@ -83,6 +83,17 @@ def test_a_peft_model_with_a_frozen_head_is_refused(tiny_base, tokenizer, tmp_pa
         RewardTrainer(
             model=model, args=arguments(tmp_path), train_dataset=Dataset.from_list(CHAT), processing_class=tokenizer
         )
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules=["query"])])
+def test_a_model_whose_head_has_another_name_trains_as_in_trl(tokenizer, tmp_path, peft_config):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
+    trainer = trainer_on_chat(BertForSequenceClassification(config), tokenizer, tmp_path, peft_config)
+    weights = [p for name, p in trainer.model.named_parameters() if "classifier" in name and p.requires_grad]
+    before = weights[0].detach().clone()
+    trainer.train()
+    assert not torch.equal(weights[0], before)
 
 
 def test_under_bf16_the_head_trains_in_float32_and_moves(tiny_base, tokenizer, tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import math
 import warnings
 
@@ -5,8 +6,13 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from helpsteer_rloo.config import RLOO
 from helpsteer_rloo.objectives import leave_one_out
@@ -275,6 +281,106 @@ def test_another_vocabulary_falls_back_to_trl_with_one_warning(tiny_base, tokeni
         )
     assert trainer.reward_funcs[0] is reward_model
     assert sum("vocabulary of its own" in str(warning.message) for warning in caught) == 1
+
+
+def recorded(model, tokenizer, directory, reward, trainer=RLOOTrainer, processing=None):
+    """A trainer with a reward model, and the fallbacks it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = trainer(
+            model=str(model),
+            reward_funcs=reward,
+            args=arguments(directory, trl.RLOOConfig if trainer is trl.RLOOTrainer else RLOOConfig),
+            train_dataset=chat(PROMPTS),
+            processing_class=tokenizer,
+            reward_processing_classes=processing,
+        )
+    return made, [str(warning.message) for warning in caught if "TRL's own path" in str(warning.message)]
+
+
+def scores_of(trainer, tokenizer):
+    forced(trainer, cut_off_and_ended(tokenizer)).model.train()
+    trainer._generate_and_score_completions([trainer.train_dataset[0]] * K)
+    return list(trainer._logs["rewards"][trainer.reward_func_names[0]])
+
+
+def adapted(tiny_base, config=None):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1)
+    model = get_peft_model(model, config or LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def test_a_reward_model_with_another_head_falls_back_to_trl_with_one_warning(tiny_base, tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=1, **sizes)).eval()
+    ours, fallbacks = recorded(tiny_base, tokenizer, tmp_path, bert, processing=tokenizer)
+    theirs, _ = recorded(tiny_base, tokenizer, tmp_path, bert, trl.RLOOTrainer, processing=tokenizer)
+    assert fallbacks == ["Using TRL's own path: a reward model with no head named 'score' is given decoded text."]
+    assert scores_of(ours, tokenizer) == pytest.approx(scores_of(theirs, tokenizer), abs=1e-6)
+
+
+def test_another_chat_template_falls_back_to_trl_with_one_warning(tiny_base, tokenizer, reward_model, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    ours, fallbacks = recorded(tiny_base, tokenizer, tmp_path, reward_model, processing=other)
+    theirs, _ = recorded(tiny_base, tokenizer, tmp_path, reward_model, trl.RLOOTrainer, processing=other)
+    assert fallbacks == ["Using TRL's own path: a reward model with a chat template of its own is given decoded text."]
+    assert scores_of(ours, tokenizer) == pytest.approx(scores_of(theirs, tokenizer), abs=1e-6)
+
+
+def test_a_reward_model_with_lora_is_given_the_sampled_ids(tiny_base, tokenizer, tmp_path):
+    model = adapted(tiny_base)
+    trainer, fallbacks = recorded(tiny_base, tokenizer, tmp_path, model)
+    assert not fallbacks
+    assert not model.training
+    scores = scores_of(trainer, tokenizer)
+    (prompt, *_), _, _ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]])
+    for score, completion in zip(scores, cut_off_and_ended(tokenizer), strict=True):
+        with torch.no_grad():
+            body = model.get_base_model().model
+            hidden = body(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0, -1]
+            assert score == pytest.approx(model.get_base_model().score(hidden).item(), abs=1e-5)
+
+
+def test_a_lora_reward_model_whose_base_has_no_tokenizer_is_reported(tiny_base, tokenizer, tmp_path):
+    model = adapted(tiny_base)
+    model.get_base_model().config._name_or_path = str(tmp_path / "nowhere")
+    trainer, fallbacks = recorded(tiny_base, tokenizer, tmp_path, model)
+    assert trainer.reward_funcs == [model]
+    assert len(fallbacks) == 1
+    assert "cannot be loaded; pass `reward_processing_classes`" in fallbacks[0]
+    given, fallbacks = recorded(tiny_base, tokenizer, tmp_path, model, processing=tokenizer)
+    assert isinstance(given.reward_funcs[0], RewardModelScorer)
+    assert not fallbacks
+
+
+def test_a_reward_model_with_virtual_tokens_falls_back_to_trl_and_scores(tiny_base, tokenizer, tmp_path):
+    model = adapted(tiny_base, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    trainer, fallbacks = recorded(tiny_base, tokenizer, tmp_path, model)
+    assert fallbacks == ["Using TRL's own path: a reward model with virtual tokens is given decoded text."]
+    assert all(map(math.isfinite, scores_of(trainer, tokenizer)))
+
+
+def test_the_reward_is_logged_unclipped_as_in_trl(tiny_base, tokenizer, tmp_path):
+    logged = []
+    for trainer_class in (RLOOTrainer, trl.RLOOTrainer):
+        ledger = {"rollouts_dir": str(tmp_path / "r")} if trainer_class is RLOOTrainer else {}
+        trainer = make_trainer(
+            tiny_base, tokenizer, tmp_path, trainer=trainer_class, reward_clip_range=(0.2, 0.9), **ledger
+        )
+        raw = scores_of(trainer, tokenizer)
+        logged.append([trainer._metrics["train"][name] for name in ("reward", "reward_std")])
+    assert logged[0][0] == pytest.approx([sum(raw) / K])
+    for ours, theirs in zip(*logged, strict=True):
+        assert ours == pytest.approx(theirs)
+    scores = [entry.score for entry in read_rollouts(tmp_path / "r")]
+    assert scores == pytest.approx([min(max(score, 0.2), 0.9) for score in raw])
+    assert scores != pytest.approx(raw)
 
 
 def test_plain_text_prompts_and_trls_own_config_work(tiny_base, tokenizer, tmp_path):
