@@ -43,13 +43,8 @@ def train_policy(
     """
     own = settings.own
     record = read_reward_record(own.reward_model_path)
-    if own.thinking != record["thinking"]:
-        mode = "with" if record["thinking"] else "without"
-        raise ValueError(
-            f"The reward model in {own.reward_model_path} was trained {mode} --thinking; give the same setting here."
-        )
     args = rloo_args(settings, record)  # before any model, since it decides which device is this process's
-    renderer = check_rendering(record, tokenizer)
+    renderer = check_rendering(own, record, tokenizer)
     counts: Counter[str] = Counter()
     room = prompt_room(record["rendering"]["max_length"], own.response_length)
     groups = training_prompts(own, renderer, room, prompts, counts)
@@ -68,18 +63,7 @@ def train_policy(
         quantization_config=setup.quantization,
         peft_config=setup.peft,
     )
-    checkpoint = latest_checkpoint(Path(own.output_dir))
-    if trainer.accelerator.is_main_process and args.rollouts_dir:
-        discard_rollouts_from(Path(args.rollouts_dir), int(checkpoint.name[11:]) if checkpoint else 0)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise ValueError(
-            f"The policy diverged at step {trainer.state.global_step}: its probabilities are no longer numbers. "
-            "Lower --learning_rate, or raise --kl_coef."
-        ) from error
+    _train(trainer, own)
     trainer.save_model(own.output_dir)
     return {
         "steps": trainer.state.global_step,
@@ -89,6 +73,22 @@ def train_policy(
         "adapter": setup.peft is not None,
         "last_metrics": _last_metrics(trainer.state.log_history),
     }
+
+
+def _train(trainer: RLOOTrainer, own: RLOOKnobs) -> None:
+    """Train from the newest checkpoint; rollouts recorded behind it are discarded, since they are sampled again."""
+    checkpoint = latest_checkpoint(Path(own.output_dir))
+    if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
+        discard_rollouts_from(trainer.rollouts_dir, int(checkpoint.name[11:]) if checkpoint else 0)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise ValueError(
+            f"The policy diverged at step {trainer.state.global_step}: its probabilities are no longer numbers. "
+            "Lower --learning_rate, or raise --kl_coef."
+        ) from error
 
 
 def _episodes_a_step(args: RLOOConfig, own: RLOOKnobs) -> float:
@@ -101,12 +101,17 @@ def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: logged[-1][name] for name in names if name in logged[-1]} if logged else {}
 
 
-def check_rendering(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Renderer:
+def check_rendering(own: RLOOKnobs, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Renderer:
     """The reward model's rendering on the policy's tokenizer; refused if it makes other ids of the same text.
 
     Raises:
         ValueError: template, tokenizer, thinking mode or end of turn differ, with the ones that do.
     """
+    if own.thinking != record["thinking"]:
+        mode = "with" if record["thinking"] else "without"
+        raise ValueError(
+            f"The reward model in {own.reward_model_path} was trained {mode} --thinking; give the same setting here."
+        )
     stored = record["rendering"]
     renderer = Renderer(tokenizer, thinking=record["thinking"])
     current = renderer.fingerprint(stored["max_length"])
