@@ -33,7 +33,10 @@ def data_table(report: Mapping[str, Any]) -> Table:
     table.add_column("validation", justify="right")
     table.add_column("all", justify="right")
     table.add_row("rows read", "", "", str(report["rows"]))
-    for reason, count in {**report["bad_rows"], **_named("not selected", report["not_selected"])}.items():
+    for reason, count in {
+        **_named("bad row", report["bad_rows"]),
+        **_named("not selected", report["not_selected"]),
+    }.items():
         table.add_row(escape(str(reason)), "", "", str(count))
     for reason, count in report["dropped"].items():
         table.add_row(f"dropped: {escape(reason)}", "", "", str(count))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from helpsteer_rloo.config import CommandSpec, DataKnobs, Settings
 from helpsteer_rloo.console import data_table, say, show
+from helpsteer_rloo.data.sources import locate
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.run_dir import RunDir, write_json
 
@@ -48,8 +49,9 @@ def run_data(settings: Settings[DataCommandKnobs]) -> None:
     from helpsteer_rloo.rendering import Renderer
 
     own = settings.own
-    renderer = Renderer(load_tokenizer(own.model_name_or_path), thinking=own.thinking)
     knobs = DataKnobs(**{f.name: getattr(own, f.name) for f in dataclasses.fields(DataKnobs)})
+    locate(knobs)  # a mistyped path comes out before a tokenizer is fetched
+    renderer = Renderer(load_tokenizer(own.model_name_or_path), thinking=own.thinking)
     prepared = prepare(knobs, renderer, allow_empty_split=True)
     show(data_table(prepared.report))
     for line in _described_pairs(prepared.corpus, own.show):

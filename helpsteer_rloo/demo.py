@@ -37,7 +37,8 @@ def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
     try:
         return demo_settings(read_yaml(Path(args.config)), given, source=args.config)
     except ValueError as error:
-        parser.exit(2, f"helpsteer-rloo demo: {error}\n")
+        hint = "" if Path(args.config).exists() else " Run it in a clone of the project, or give --config FILE."
+        parser.exit(2, f"helpsteer-rloo demo: {error}{hint}\n")
 
 
 def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: str) -> DemoSettings:

@@ -6,7 +6,8 @@ trained on noisy labels of this world, and a policy trained on that reward model
 against the truth.
 
 Every spec has exactly one wording and one conversation around it, so distinct prompts are distinct specs, and a split
-by prompt keeps the specs of the validation part out of training altogether.
+by prompt keeps the specs of the validation part away from the reward model and from RLOO. The base model's supervised
+training draws from all specs, as a real base has read most of what it is later asked.
 """
 
 import json

@@ -159,7 +159,9 @@ def _parse(file: RowFile, line: int, raw: bytes) -> dict[str, Any] | BadRowError
     except UnicodeDecodeError as error:
         return BadRowError(str(file.path), line, "(row)", f"not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
-        return BadRowError(str(file.path), line, "(row)", f"not JSON: {error.msg} at column {error.colno}")
+        return BadRowError(
+            str(file.path), line, "(row)", f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        )
     except ValueError as error:  # a whole number of thousands of digits
         return BadRowError(str(file.path), line, "(row)", f"not JSON: {error}")
     except RecursionError:

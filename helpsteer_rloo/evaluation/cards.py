@@ -13,12 +13,14 @@ def reward_model_card(record: Mapping[str, Any]) -> str:
     """The README.md of a reward model's directory."""
     heldout, data = record["heldout"], record["data"]
     low, high = heldout["interval"]
+    base = record["base"]
+    held = f"dtype=torch.{base['dtype']}" + (f", revision={base['revision']!r}" if base["revision"] else "")
     loading = (
         "base = PeftConfig.from_pretrained(path).base_model_name_or_path\n"
-        "model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)\n"
+        f"model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, {held})\n"
         "model = PeftModel.from_pretrained(model, path).eval()"
         if record["adapter"]
-        else "model = AutoModelForSequenceClassification.from_pretrained(path).eval()"
+        else f"model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.{base['dtype']}).eval()"
     )
     imports = "import torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer" + (
         "\nfrom peft import PeftConfig, PeftModel" if record["adapter"] else ""
@@ -46,6 +48,9 @@ preference pairs of `{data["source"]}` (data fingerprint `{data["fingerprint"]}`
 ```python
 {imports}
 
+path = "."  # this directory
+messages = [{{"role": "user", "content": "…"}}]
+response = "…"
 {loading}
 tokenizer = AutoTokenizer.from_pretrained(path)
 prompt = tokenizer.apply_chat_template(

@@ -25,7 +25,7 @@ class RewardTrainer(trl.RewardTrainer):
     - The scalar head is trained and saved whatever the `peft_config` says: its task type becomes `SEQ_CLS`. (TRL 1.16
       leaves the head frozen and unsaved without a task type, and crashes on `CAUSAL_LM`.)
     - Under bf16 the trained weights of a LoRA run, the head among them, are kept in float32. (PEFT leaves the head in
-      the base's bf16, where an update of 1e-5 to a weight of 0.02 is rounded away: the head would never move.)
+      the base's bf16, where most updates of 1e-5 to weights around 0.02 are rounded away.)
     - Pairs that `max_length` removes are counted and reported. (TRL drops them without a word.)
     """
 
