@@ -58,7 +58,23 @@ class DataKnobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardKnobs(DataKnobs):
+class EngineKnobs(DataKnobs):
+    """How passes are computed; the result is the same to float error."""
+
+    engine: str = _knob(
+        "packed", "'packed': rows without padding, each prompt computed once; 'trl': TRL's own passes, for comparison."
+    )
+    packed_tokens: int = _knob(4096, "Most tokens in one packed row: less saves memory, more may save time.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        _require(self.engine in ("packed", "trl"), "engine", self.engine, "packed or trl")
+        _require(self.packed_tokens >= 1, "packed_tokens", self.packed_tokens, "at least 1 token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardKnobs(EngineKnobs):
     """Reward-model training."""
 
     output_dir: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
@@ -66,7 +82,7 @@ class RewardKnobs(DataKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOOKnobs(DataKnobs):
+class RLOOKnobs(EngineKnobs):
     """RLOO training of the policy; the names are those of the published RLOO scripts."""
 
     output_dir: str = _knob(DEFAULT_POLICY_DIR, "Directory of the trained policy.")
@@ -75,7 +91,9 @@ class RLOOKnobs(DataKnobs):
     rloo_k: int = _knob(4, "Completions sampled for each prompt.")
     num_ppo_epochs: int = _knob(1, "Passes over each batch of rollouts.")
     num_mini_batches: int = _knob(1, "Optimizer steps in a pass over a batch of rollouts.")
-    local_rollout_forward_batch_size: int = _knob(8, "Completions sampled or scored in one forward pass.")
+    local_rollout_forward_batch_size: int = _knob(
+        8, "Completions sampled or scored at once; with the packed engine at least those of one prompt."
+    )
     missing_eos_penalty: float = _knob(1.0, "Subtracted from the score of a completion that did not end by itself.")
     kl_coef: float = _knob(0.05, "Weight of the KL divergence from the starting policy in the reward.")
     cliprange: float = _knob(0.2, "Clip range of the sequence-level probability ratio.")

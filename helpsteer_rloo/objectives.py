@@ -95,3 +95,22 @@ def penalized_rewards(scores_B: Tensor, penalties_B: Tensor, kl_B: Tensor | None
     """
     rewards_B = scores_B - penalties_B
     return rewards_B if kl_B is None else rewards_B - kl_coef * kl_B
+
+
+def clipped_policy_losses(log_ratio_B: Tensor, advantages_B: Tensor, low: float, high: float) -> Tensor:
+    """Loss of each completion, -min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log ratio); `[B]`.
+
+    The probability ratio is that of the whole completion (Ahmadian et al. 2024, arXiv 2402.14740, with the clipping of
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7). Where the ratio is 1 its gradient is that of REINFORCE.
+
+    Args:
+        log_ratio_B: Log-probability under the policy minus that under the policy which sampled, `[B]`, in nats.
+        advantages_B: Advantages, `[B]`.
+        low: How far the ratio may fall below 1 where the advantage is negative.
+        high: How far it may rise above 1 where the advantage is positive.
+
+    >>> clipped_policy_losses(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]), 0.2, 0.2)
+    tensor([-2.0000, -2.4000])
+    """
+    ratio_B = log_ratio_B.exp()
+    return -torch.minimum(ratio_B * advantages_B, ratio_B.clamp(1 - low, 1 + high) * advantages_B)

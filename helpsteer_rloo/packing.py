@@ -4,6 +4,7 @@ A row is `[prompt 1][c11]…[c1N][prompt 2][c21]…`; positions restart after th
 where it would stand alone. `helpsteer_rloo.model.attention` confines attention to match.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,10 +52,9 @@ class PackedRow:
     groups: tuple[TokenGroup, ...]
 
     def __post_init__(self) -> None:
-        """Refuse groups that a causal model cannot continue."""
-        for group in self.groups:
-            if not group.prompt_ids or not all(group.continuation_ids):
-                raise ValueError("A packed group needs at least one token in its prompt and in every continuation.")
+        """Refuse continuations without a token, which have neither a score nor a probability."""
+        if not all(ids for group in self.groups for ids in group.continuation_ids):
+            raise ValueError("Every continuation of a packed group needs at least one token.")
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -92,7 +92,13 @@ class PackedRow:
 
     @cached_property
     def predicting_positions(self) -> list[int]:
-        """Index in the row of the hidden state that predicts each continuation token; the prompt's last first."""
+        """Index in the row of the hidden state that predicts each continuation token; the prompt's last first.
+
+        Raises:
+            ValueError: a group has no prompt, so nothing predicts the first token of its continuations.
+        """
+        if not all(span.prompt for span in self.spans):
+            raise ValueError("A group without a prompt has nothing that predicts its continuations' first tokens.")
         indices: list[int] = []
         for span in self.spans:
             for start, length in zip(span.continuation_starts(), span.continuations, strict=True):
@@ -111,23 +117,56 @@ def split_group(group: TokenGroup, most: int) -> list[TokenGroup]:
     return [TokenGroup(group.prompt, group.prompt_ids, group.continuation_ids[i : i + most]) for i in starts]
 
 
-def pack_continuations(groups: Sequence[TokenGroup], budget: int) -> list[list[int]]:
-    """Cut a sequence of groups into rows of at most `budget` continuations, in order; a larger group stands alone.
+def token_count(group: TokenGroup) -> int:
+    """Tokens of a group in a packed row: its prompt once, and its continuations."""
+    return len(group.prompt_ids) + sum(map(len, group.continuation_ids))
+
+
+def pack(
+    groups: Sequence[TokenGroup], *, continuations: int | None = None, tokens: int | None = None
+) -> list[list[int]]:
+    """Cut a sequence of groups into rows, in order; a group that is over a budget by itself stands alone.
+
+    Args:
+        groups: To be packed; none is split.
+        continuations: Most continuations in a row; no limit if None.
+        tokens: Most tokens in a row, counted by `token_count`; no limit if None.
 
     Returns:
         Indices of the groups in each row.
 
     >>> groups = [TokenGroup((), (1,), ((2,),) * n) for n in (1, 2, 5, 1, 3)]
-    >>> pack_continuations(groups, budget=4)
+    >>> pack(groups, continuations=4)
     [[0, 1], [2], [3, 4]]
+    >>> pack(groups, tokens=5)
+    [[0, 1], [2], [3], [4]]
     """
     rows: list[list[int]] = []
-    used = 0
+    used = (0, 0)
+    limits = (continuations or math.inf, tokens or math.inf)
     for index, group in enumerate(groups):
-        size = len(group.continuation_ids)
-        if not rows or used + size > budget:
+        size = (len(group.continuation_ids), token_count(group))
+        if not rows or any(have + more > limit for have, more, limit in zip(used, size, limits, strict=True)):
             rows.append([])
-            used = 0
+            used = (0, 0)
         rows[-1].append(index)
-        used += size
+        used = (used[0] + size[0], used[1] + size[1])
     return rows
+
+
+def group_sequences(sequences: Sequence[tuple[int, ...]]) -> TokenGroup:
+    """Sequences that begin alike as one group: their longest common prefix is the prompt.
+
+    In a causal model a shared prefix has the same hidden states whatever follows, so nothing depends on where the text
+    of the prompt ended. Every continuation keeps at least one token.
+
+    >>> group = group_sequences([(7, 8, 1, 2), (7, 8, 1, 3), (7, 8)])
+    >>> group.prompt_ids, group.continuation_ids
+    ((7,), ((8, 1, 2), (8, 1, 3), (8,)))
+    """
+    shortest = min(map(len, sequences))
+    first = sequences[0]
+    shared = 0
+    while shared < shortest - 1 and all(sequence[shared] == first[shared] for sequence in sequences):
+        shared += 1
+    return TokenGroup((), first[:shared], tuple(sequence[shared:] for sequence in sequences))

@@ -18,6 +18,7 @@ from helpsteer_rloo.config import (
     REWARD,
     RLOO,
     DataKnobs,
+    EngineKnobs,
     PipelineKnobs,
     RLOOKnobs,
 )
@@ -125,7 +126,7 @@ def test_reward_training_without_flags_has_the_seeds_defaults():
 def test_the_seeds_rloo_command_gives_the_documented_settings():
     settings = parse_command(RLOO, flags_of(RLOO_COMMAND))
     own = dataclasses.asdict(settings.own)
-    assert {name: own[name] for name in own if name not in dataclasses.asdict(DataKnobs())} == {
+    assert {name: own[name] for name in own if name not in dataclasses.asdict(EngineKnobs())} == {
         "output_dir": "models/rloo_helpsteer3",
         "reward_model_path": "models/qwen3_8b_reward_model",
         "total_episodes": 50_000,

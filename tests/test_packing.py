@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.packing import PackedRow, pack_continuations, split_group
+from helpsteer_rloo.packing import PackedRow, group_sequences, pack, split_group, token_count
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
 token_groups = st.builds(TokenGroup, st.just(()), ids, st.lists(ids, min_size=1, max_size=5).map(tuple))
@@ -11,7 +11,7 @@ token_groups = st.builds(TokenGroup, st.just(()), ids, st.lists(ids, min_size=1,
 
 @given(st.lists(token_groups, min_size=1, max_size=8), st.integers(1, 12))
 def test_every_group_is_packed_once_in_order_and_within_the_budget(groups, budget):
-    rows = pack_continuations(groups, budget)
+    rows = pack(groups, continuations=budget)
     assert [index for row in rows for index in row] == list(range(len(groups)))
     sizes = [sum(len(groups[i].continuation_ids) for i in row) for row in rows]
     assert all(size <= budget or len(row) == 1 for size, row in zip(sizes, rows, strict=True))
@@ -49,7 +49,30 @@ def test_a_continuation_stands_where_it_would_stand_alone(groups):
             assert [row.position_ids[source] + 1 for source in sources] == alone[span.prompt :]
 
 
-@pytest.mark.parametrize("group", [TokenGroup((), (), ((1,),)), TokenGroup((), (1,), ((2,), ()))])
-def test_a_group_with_nothing_to_continue_is_refused(group):
+def test_a_continuation_without_a_token_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
-        PackedRow((group,))
+        PackedRow((TokenGroup((), (1,), ((2,), ())),))
+
+
+def test_without_a_prompt_nothing_predicts_the_first_token():
+    row = PackedRow((TokenGroup((), (), ((1, 2), (3,))),))
+    assert (row.position_ids, row.last_positions) == ([0, 1, 0], [1, 2])
+    with pytest.raises(ValueError, match="without a prompt"):
+        _ = row.predicting_positions
+
+
+@given(st.lists(token_groups, min_size=1, max_size=8), st.integers(1, 40))
+def test_rows_keep_to_a_budget_of_tokens(groups, budget):
+    rows = pack(groups, tokens=budget)
+    assert [index for row in rows for index in row] == list(range(len(groups)))
+    for row in rows:
+        size = len(PackedRow(tuple(groups[i] for i in row)).input_ids)
+        assert size == sum(token_count(groups[i]) for i in row)
+        assert size <= budget or len(row) == 1
+
+
+@given(st.lists(ids, min_size=1, max_size=4))
+def test_a_group_of_sequences_holds_them_all(sequences):
+    group = group_sequences(sequences)
+    assert [group.sequence(i) for i in range(len(sequences))] == sequences
+    assert all(group.continuation_ids)

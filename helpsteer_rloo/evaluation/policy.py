@@ -9,13 +9,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.forward import completion_log_probs, score_sequences
+from helpsteer_rloo.model.forward import group_log_probs, score_sequences
 from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load_reward_model, release
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample
 from helpsteer_rloo.statistics import mean, proportion
 
 Gold = Callable[[str, str, bool], float]
 """The true quality of an answer, where a world knows it: last user turn, answer, whether it ended -> [0, 1]."""
+
+
+PASS_TOKENS = 4096
+"""Tokens in one forward pass that computes log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,11 @@ def evaluate_policy(
     prompts = [group.prompt_ids for group in groups]
     with _loaded(pair, trained=True) as model:
         after_ids = _sampled(model, tokenizer, prompts, knobs)
-        drawn = [completion.ids for completion in after_ids]
-        log_probs = completion_log_probs(model, prompts, drawn, knobs.batch_size)
+        drawn = [TokenGroup((), p, (c.ids,)) for p, c in zip(prompts, after_ids, strict=True)]
+        log_probs = _completion_log_probs(model, drawn)
     with _loaded(pair, trained=False) as model:
         before_ids = _sampled(model, tokenizer, prompts, knobs)
-        start_log_probs = completion_log_probs(model, prompts, drawn, knobs.batch_size)
+        start_log_probs = _completion_log_probs(model, drawn)
     reward_model, _ = load_reward_model(reward_model_dir)
     before, after = (
         _answers(ids, prompts, reward_model, tokenizer, knobs.batch_size) for ids in (before_ids, after_ids)
@@ -97,6 +101,11 @@ def _sampled(
     ends = tuple(end_ids(model, tokenizer))
     sampling = Sampling(knobs.max_new_tokens, knobs.temperature, knobs.top_p, knobs.top_k, ends)
     return sample(model, prompts, sampling, batch_size=knobs.batch_size, seed=knobs.seed)
+
+
+def _completion_log_probs(model: Model, drawn: Sequence[TokenGroup]) -> list[float]:
+    """Sum of the log-probabilities of the tokens of each group's only completion, in nats."""
+    return [own.sum().item() for (own,) in group_log_probs(model, drawn, PASS_TOKENS)]
 
 
 def _answers(

@@ -1,12 +1,16 @@
 """Shared-prefix attention: in a packed row, a prompt is computed once for all of its continuations.
 
 Registered with transformers under the name `SHARED_PREFIX`. With the keyword `spans` (of a
-`helpsteer_rloo.packing.PackedRow`) each continuation attends to its prompt and to itself, and to nothing else; without
-it, the function is transformers' own SDPA attention with its own masks, so padded batches stay right.
+`helpsteer_rloo.packing.PackedRow`) each continuation attends to its prompt and to itself, and to nothing else; with the
+keyword `cascade`, what a token attends to is the caller's; without either, the function is transformers' own SDPA
+attention with its own masks, so padded batches stay right.
+
+`dense_mask` defines what `spans` mean. `helpsteer_rloo.model.shared_prefix_cpu` and `…shared_prefix_flex` (CUDA) are
+the fast ways there, and `attend_by_blocks` the plain one, for any other device.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +19,31 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
+from helpsteer_rloo.model import shared_prefix_cpu, shared_prefix_flex
 from helpsteer_rloo.packing import Span
 
 SHARED_PREFIX = "shared_prefix"
 ARCHITECTURES = ("qwen3", "llama")
 """Model types whose packed passes are tested against plain ones."""
+
+
+class Cascade(Protocol):
+    """Attention with keys of the caller's own, such as those of a decoder that shares prompts."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attend from new tokens.
+
+        Args:
+            module: The attention layer that calls.
+            query: `[rows, heads, tokens, head size]`.
+            key: `[rows, key heads, tokens, head size]`, of the new tokens.
+            value: As `key`.
+            scaling: Factor of the scores; without it, `head size ** -0.5`.
+
+        Returns:
+            `[rows, tokens, heads, head size]`.
+        """
+        ...
 
 
 def shared_prefix_attention(  # noqa: PLR0913 - transformers' signature
@@ -30,31 +54,57 @@ def shared_prefix_attention(  # noqa: PLR0913 - transformers' signature
     attention_mask: Tensor | None,
     spans: Sequence[Span] | None = None,
     scaling: float | None = None,
+    cascade: Cascade | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over one packed row, by scaled dot products of the blocks that are not masked.
+    """Attention over one packed row, or as `cascade` does it, or over a padded batch.
 
     Args:
         module: The attention layer that calls.
-        query: `[1, heads, T, head size]`.
-        key: `[1, key heads, T, head size]`; heads are grouped, not copied.
+        query: `[rows, heads, T, head size]`; one row with `spans`.
+        key: `[rows, key heads, T, head size]`; heads are grouped, not copied.
         value: As `key`.
-        attention_mask: Used without `spans` only.
+        attention_mask: Used without `spans` and `cascade` only.
         spans: Where the groups lie in the row.
-        scaling: Factor of the scores.
+        scaling: Factor of the scores; without it, `head size ** -0.5`.
+        cascade: What attends instead, if given.
         **kwargs: As transformers passes them.
 
     Returns:
-        `[1, T, heads, head size]`, and no weights.
+        `[rows, T, heads, head size]`, and no weights.
+
+    Raises:
+        ValueError: the model asks for a sliding window or another kind of attention that is not known here.
     """
-    if spans is None:
+    if spans is None and cascade is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     unknown = [name for name in ("dropout", "softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name)]
     if unknown:
         raise ValueError(f"Shared-prefix attention does not know {', '.join(unknown)}, which this model asks for.")
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the norms of q and k return float32
+    if cascade is not None:
+        return cascade.attend(module, query, key, value, scaling), None
+    assert spans is not None
+    return _attend(query, key, value, spans, scaling).transpose(1, 2).contiguous(), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
+    device = query.device.type
+    if device == "cpu" and shared_prefix_cpu.supported():
+        return shared_prefix_cpu.attend(query, key, value, spans, scaling)
+    if device == "cuda":
+        return shared_prefix_flex.attend(query, key, value, spans, scaling)
+    return attend_by_blocks(query, key, value, spans, scaling)
+
+
+def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
+    """Attention over one packed row on any device, a call for each prompt and each continuation.
+
+    Returns:
+        `[1, heads, T, head size]`.
+    """
     outputs = [part for span in spans for part in _attend_group(query, key, value, span, scaling)]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2)
 
 
 def _attend_group(query: Tensor, key: Tensor, value: Tensor, span: Span, scaling: float | None) -> list[Tensor]:
@@ -66,7 +116,9 @@ def _attend_group(query: Tensor, key: Tensor, value: Tensor, span: Span, scaling
 
     prompt = slice(span.start, span.start + span.prompt)
     prompt_keys, prompt_values = key[:, :, prompt], value[:, :, prompt]
-    outputs = [attend(span.start, span.prompt, prompt_keys, prompt_values, is_causal=True)]
+    outputs: list[Tensor] = []
+    if span.prompt:
+        outputs.append(attend(span.start, span.prompt, prompt_keys, prompt_values, is_causal=True))
     for start, length in zip(span.continuation_starts(), span.continuations, strict=True):
         own = slice(start, start + length)
         keys = torch.cat([prompt_keys, key[:, :, own]], dim=2)

@@ -8,28 +8,43 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import SHARED_PREFIX, supports_shared_prefix, use_shared_prefix
-from helpsteer_rloo.model.loading import Model
-from helpsteer_rloo.packing import PackedRow, pack_continuations, split_group
+from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
+from helpsteer_rloo.packing import PackedRow, pack, split_group
 
 
 def scalar_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The body and the scalar head of a sequence-classification model, through LoRA if there is any.
+    """The body and the scalar head of a sequence-classification model, through LoRA if there is any: the trained head.
 
     Raises:
         ValueError: the model has no `score` head.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_model(model)
     head = getattr(inner, "score", None)
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]]
     body = getattr(inner, str(getattr(inner, "base_model_prefix", "")), None)
     if not isinstance(head, nn.Module) or not isinstance(body, nn.Module):
         raise ValueError(f"{type(inner).__name__} has no scalar head named 'score' and cannot serve as a reward model.")
     return body, head
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model under wrappers of data parallelism and LoRA; its layers are the ones with LoRA inside."""
+    inner = extract_model_from_parallel(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def body_of(inner: Any) -> nn.Module:
+    """The decoder without its head."""
+    return getattr(inner, inner.base_model_prefix)
 
 
 @torch.no_grad()
@@ -57,38 +72,86 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
     return scores
 
 
+def packed_hidden(model: nn.Module, row: PackedRow) -> Tensor:
+    """Final hidden states `[T, D]` of one packed row.
+
+    The outermost module is called, so that wrappers (adapters, data parallelism) do their part; what it makes of the
+    hidden states is left aside.
+
+    Args:
+        model: A causal language model or sequence classifier that was given `use_shared_prefix`, however wrapped.
+        row: Groups without padding.
+    """
+    inner = base_model(model)
+    body, device = body_of(inner), next(inner.parameters()).device
+    causal = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
+    captured: list[Tensor] = []
+    handle = body.register_forward_hook(lambda _module, _inputs, output: captured.append(output.last_hidden_state))
+    try:
+        model(
+            input_ids=torch.tensor([row.input_ids], device=device),
+            position_ids=torch.tensor([row.position_ids], device=device),
+            spans=row.spans,
+            use_cache=False,
+            **causal,
+        )
+    finally:
+        handle.remove()
+    return captured[0][0]
+
+
+def packed_scores(model: nn.Module, head: nn.Module, row: PackedRow) -> Tensor:
+    """Score of each continuation of a row, read at its last token by a scalar head; `[B]`, float32 at least."""
+    hidden_BD = packed_hidden(model, row)[row.last_positions]
+    return at_least_float32(head(hidden_BD.to(next(head.parameters()).dtype)))[:, 0]
+
+
+def packed_log_probs(model: nn.Module, row: PackedRow, temperature: float = 1.0) -> TokenLogProbs:
+    """Log-probabilities and entropies of all continuation tokens of a row, in the order of `row.predicted_ids`.
+
+    Only those tokens go through the vocabulary head, in chunks.
+    """
+    inner = base_model(model)
+    hidden_CD = packed_hidden(model, row)[row.predicting_positions]
+    targets_C = torch.tensor(row.predicted_ids, device=hidden_CD.device)
+    return token_log_probs(hidden_CD, inner.get_output_embeddings(), targets_C, temperature)
+
+
 @torch.no_grad()
-def score_groups(model: nn.Module, groups: Sequence[TokenGroup], batch_size: int) -> list[list[float]]:
+def score_groups(
+    model: nn.Module, groups: Sequence[TokenGroup], batch_size: int, head: nn.Module | None = None
+) -> list[list[float]]:
     """Score every continuation of every group with a reward model, each prompt computed once for all of them.
 
     Args:
-        model: As in `score_sequences`. One that `supports_shared_prefix` does not accept scores padded sequences.
+        model: As in `score_sequences`; or, with `head`, any model whose body the head belongs to. One that
+            `supports_shared_prefix` does not accept scores padded sequences.
         groups: Any number of continuations each.
         batch_size: Continuations in one forward pass; a group with more is scored in several, its prompt in each.
+        head: The scalar head, if it is not the model's own.
 
     Returns:
         One list a group, with one score a continuation, in the order given.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel) or not supports_shared_prefix(inner):
+    if not prepare_packed(model):
         sequences = [group.sequence(i) for group in groups for i in range(len(group.continuation_ids))]
         return regroup(score_sequences(model, sequences, batch_size), groups)
-    if inner.config._attn_implementation != SHARED_PREFIX:  # pyright: ignore[reportPrivateUsage]
-        use_shared_prefix(inner)
-    body, head = scalar_head(model)
-    weight = next(head.parameters())
+    head = head or scalar_head(model)[1]
     pieces = [piece for group in groups for piece in split_group(group, batch_size)]
     scores: list[float] = []
-    for indices in pack_continuations(pieces, batch_size):
-        row = PackedRow(tuple(pieces[i] for i in indices))
-        hidden_TD = body(
-            input_ids=torch.tensor([row.input_ids], device=weight.device),
-            position_ids=torch.tensor([row.position_ids], device=weight.device),
-            spans=row.spans,
-            use_cache=False,
-        ).last_hidden_state[0]
-        scores += head(hidden_TD[row.last_positions].to(weight.dtype)).float()[:, 0].tolist()
+    for indices in pack(pieces, continuations=batch_size):
+        scores += packed_scores(model, head, PackedRow(tuple(pieces[i] for i in indices))).tolist()
     return regroup(scores, groups)
+
+
+def prepare_packed(model: nn.Module) -> bool:
+    """Set a model up for packed rows, if it is one that can take them; whether it can."""
+    inner = base_model(model)
+    if not isinstance(inner, PreTrainedModel) or not supports_shared_prefix(inner):
+        return False
+    if inner.config._attn_implementation != SHARED_PREFIX:  # pyright: ignore[reportPrivateUsage]
+        use_shared_prefix(inner)
+    return True
 
 
 def regroup(flat: Sequence[float], groups: Sequence[TokenGroup]) -> list[list[float]]:
@@ -98,30 +161,43 @@ def regroup(flat: Sequence[float], groups: Sequence[TokenGroup]) -> list[list[fl
 
 
 @torch.no_grad()
-def completion_log_probs(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    batch_size: int,
-    temperature: float = 1.0,
-) -> list[float]:
-    """Sum of the log-probabilities of each completion's tokens, given its prompt, in nats.
+def group_log_probs(
+    model: nn.Module, groups: Sequence[TokenGroup], tokens: int | None, temperature: float = 1.0
+) -> list[list[Tensor]]:
+    """Log-probabilities of the tokens of every continuation of every group, in nats.
 
-    Only the completions' positions go through the vocabulary head.
+    Args:
+        model: A causal language model, bare or with LoRA.
+        groups: Prompts of one token at least.
+        tokens: Most tokens in one forward pass; a larger group is computed alone.
+        temperature: Divides the logits.
+
+    Returns:
+        One list a group, with one tensor `[C]` a continuation, in the order given.
     """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
-    sequences = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    sums = [0.0] * len(sequences)
-    for chunk in _by_length(sequences, batch_size):
-        input_ids_BT, mask_BT = pad_right([sequences[i] for i in chunk], head.weight.device)
-        hidden_BTD = body(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-        for row, index in enumerate(chunk):
-            start, end = len(prompts[index]), len(sequences[index])
-            logits_CV = head(hidden_BTD[row, start - 1 : end - 1]).float() / temperature
-            targets_C1 = input_ids_BT[row, start:end, None]
-            sums[index] = logits_CV.log_softmax(-1).gather(-1, targets_C1).sum().item()
-    return sums
+    if not prepare_packed(model):
+        return [_padded_log_probs(model, group, temperature) for group in groups]
+    results: list[list[Tensor]] = []
+    for indices in pack(groups, tokens=tokens):
+        row = PackedRow(tuple(groups[i] for i in indices))
+        flat = packed_log_probs(model, row, temperature).log_probs
+        parts = iter(flat.split([length for span in row.spans for length in span.continuations]))
+        results += [[next(parts) for _ in group.continuation_ids] for group in row.groups]
+    return results
+
+
+def _padded_log_probs(model: nn.Module, group: TokenGroup, temperature: float) -> list[Tensor]:
+    inner = base_model(model)
+    head, start = inner.get_output_embeddings(), len(group.prompt_ids)
+    sequences = [group.sequence(i) for i in range(len(group.continuation_ids))]
+    input_ids_BT, mask_BT = pad_right(sequences, next(inner.parameters()).device)
+    hidden_BTD = body_of(inner)(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    return [
+        token_log_probs(
+            hidden_BTD[row, start - 1 : len(ids) - 1], head, input_ids_BT[row, start : len(ids)], temperature
+        ).log_probs
+        for row, ids in enumerate(sequences)
+    ]
 
 
 def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

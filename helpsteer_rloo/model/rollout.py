@@ -1,19 +1,40 @@
-"""Sampling of completions with transformers' `generate`, in chunks, reproducible for a seed."""
+"""Sampling of completions: many of each prompt, each from a seed of its own, so that chunks and order change nothing.
 
-from collections.abc import Sequence
+The sampler computes a prompt once for all of its samples, and drops rows that have ended
+(`helpsteer_rloo.model.cascade`); its linear layers run merged and laid out for few rows
+(`helpsteer_rloo.model.light_linears`). Models that it does not support are sampled with transformers' `generate`.
+"""
+
+import hashlib
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from peft import PeftModel
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
+from helpsteer_rloo.model.attention import SHARED_PREFIX, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.cascade import Decode, read_prompts
+from helpsteer_rloo.model.drawing import draw, widest_float
+from helpsteer_rloo.model.light_linears import light_linears
 from helpsteer_rloo.model.loading import Model
+
+LIVE_SHARE = 0.75
+"""Ended rows leave once the rest are no more than this share: dropping them copies the caches of those that stay."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """Sampled ids; `ended` is false for one that was cut off at the length limit.
+
+    `log_probs` has one value a token, in nats: its log-probability under the distribution that it was drawn from, after
+    temperature and truncation. It is empty for models that `supports_sampler` does not accept.
 
     >>> Completion(ids=(5, 6, 2), ended=True).ids
     (5, 6, 2)
@@ -21,11 +42,16 @@ class Completion:
 
     ids: tuple[int, ...]
     ended: bool
+    log_probs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn: the limit in tokens, the distribution, and the ids that end one."""
+    """How completions are drawn: the limit in tokens, the distribution, and the ids that end one (there may be none).
+
+    >>> Sampling(max_new_tokens=64, temperature=1.0, top_p=1.0, top_k=0, end_ids=(2,)).top_k
+    0
+    """
 
     max_new_tokens: int
     temperature: float
@@ -34,23 +60,208 @@ class Sampling:
     end_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A prompt, the seeds of its completions, and where each of these belongs in the result."""
+
+    prompt: tuple[int, ...]
+    seeds: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+
+
+def sequence_seed(seed: int, *parts: int) -> int:
+    """A seed for one of many sequences, in 63 bits; the same for ever, and unlike those of its neighbours.
+
+    >>> sequence_seed(0, 1, 2)
+    0
+    """
+    text = ",".join(map(str, (seed, *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def supports_sampler(model: Model) -> bool:
+    """Whether `sample_groups` takes a model: a language model that `supports_shared_prefix` accepts, on one device."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or not supports_shared_prefix(inner):
+        return False
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False  # virtual tokens are added by a forward pass that the sampler goes around
+    placed: dict[str, Any] = getattr(inner, "hf_device_map", None) or {}
+    return len(set(placed.values())) <= 1 and inner.get_output_embeddings() is not None
+
+
 @torch.no_grad()
 def sample(
     model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, batch_size: int, seed: int
 ) -> list[Completion]:
-    """Draw one completion a prompt.
+    """Draw one completion a prompt; the random state of the program is left as it was.
 
-    Every chunk is drawn from a generator of its own, seeded with `seed` and the chunk's number; the random state of
-    the program is left as it was. The same seed, prompts and `batch_size` give the same uniform numbers to any model.
+    The uniform numbers of a prompt depend on `seed` and on its index only, whatever the model and `batch_size`. (With
+    `generate`, for models that `supports_sampler` does not accept, on `batch_size` as well.)
     """
+    if not supports_sampler(model):
+        return _generate(model, prompts, sampling, batch_size=batch_size, seed=seed)
+    seeds = [[sequence_seed(seed, index)] for index in range(len(prompts))]
+    groups = sample_groups(model, prompts, seeds, sampling, rows=batch_size, progress=True)
+    return [completion for group in groups for completion in group]
+
+
+def sample_groups(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    rows: int,
+    progress: bool = False,
+) -> list[list[Completion]]:
+    """Draw a completion for every seed of every prompt.
+
+    A completion depends on model, prompt, sampling and its seed alone, up to rounding: products of other shapes add in
+    another order, so that a draw within an ulp of a boundary may fall to the other side. The model's modes, attention
+    and layers are afterwards as they were; it computes in the type of its weights, in evaluation mode.
+
+    Args:
+        model: One that `supports_sampler` accepts, in any mode.
+        prompts: At least one token each; equal ones are computed once.
+        seeds: For each prompt the seeds of its completions, any number of them.
+        sampling: Length, distribution and ends.
+        rows: Most sequences decoded at once. Prompts are taken whole, longest first, unless one has more seeds.
+        progress: Whether to show a bar.
+
+    Returns:
+        For each prompt one completion a seed, in the order of `seeds`.
+
+    Raises:
+        ValueError: a prompt is empty, `rows` is not positive, or the model returns something that is not a number.
+    """
+    if rows < 1 or not all(prompts):
+        raise ValueError("Sampling needs at least one row, and at least one token in every prompt.")
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    results: dict[tuple[int, int], Completion] = {}
+    with torch.no_grad(), _ready_to_decode(inner, rows):
+        for chunk in tqdm(_chunks(prompts, seeds, rows), desc="Sampling", leave=False, disable=not progress):
+            places = [place for piece in chunk for place in piece.places]
+            results |= zip(places, _complete(inner, chunk, sampling), strict=True)
+    return [[results[i, j] for j in range(len(group))] for i, group in enumerate(seeds)]
+
+
+def _chunks(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], rows: int) -> list[list[_Piece]]:
+    """What is decoded together: prompts of about one length, at most `rows` completions."""
+    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i, (prompt, group) in enumerate(zip(prompts, seeds, strict=True)):
+        places.setdefault(tuple(prompt), []).extend((i, j) for j in range(len(group)))
+    chunks: list[list[_Piece]] = []
+    used = rows
+    for prompt in sorted(places, key=len, reverse=True):
+        for start in range(0, len(places[prompt]), rows):
+            cut = tuple(places[prompt][start : start + rows])
+            if used + len(cut) > rows:
+                chunks.append([])
+                used = 0
+            chunks[-1].append(_Piece(prompt, tuple(seeds[i][j] for i, j in cut), cut))
+            used += len(cut)
+    return chunks
+
+
+@contextmanager
+def _ready_to_decode(inner: Any, rows: int) -> Generator[None]:
+    """Evaluation mode (checkpointing in training mode would recompute), shared prefixes, light layers, no autocast."""
+    modes = {module: module.training for module in cast(nn.Module, inner).modules()}
+    attention = inner.config._attn_implementation
+    body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
+    try:
+        inner.eval()
+        if attention != SHARED_PREFIX:
+            use_shared_prefix(inner)
+        with light_linears((body, head), rows), torch.autocast(inner.device.type, enabled=False):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if attention != SHARED_PREFIX:
+            inner.set_attn_implementation(attention)
+
+
+def _complete(inner: Any, chunk: list[_Piece], sampling: Sampling) -> list[Completion]:
+    """Decode the completions of one chunk, in its order."""
+    body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
+    prefill, hidden_GD = read_prompts(body, [piece.prompt for piece in chunk], inner.device)
+    groups = [group for group, piece in enumerate(chunk) for _ in piece.seeds]
+    cascade = Decode(prefill, groups, most=sampling.max_new_tokens)
+    record = _Record([seed for piece in chunk for seed in piece.seeds], sampling, inner.device)
+    logits_RV = head(hidden_GD)[groups]
+    while left := record.add(logits_RV):
+        if len(left) <= LIVE_SHARE * len(logits_RV):
+            cascade.keep(left)
+            record.keep(left)
+        positions_R1 = cascade.advance()
+        output = body(input_ids=record.last(), position_ids=positions_R1, use_cache=False, cascade=cascade)
+        logits_RV = head(output.last_hidden_state[:, 0])
+    return record.completions()
+
+
+class _Record:
+    """What has been drawn for the rows of a chunk; R are the rows that are still decoded."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+        self._sampling = sampling
+        self._ends = torch.tensor(sampling.end_ids, dtype=torch.long, device=device)
+        # Not torch's generator, which looks at the lower 32 bits of its seed only.
+        uniforms = [np.random.Generator(np.random.PCG64(seed)).random(sampling.max_new_tokens) for seed in seeds]
+        self._uniforms_RN = torch.from_numpy(np.stack(uniforms)).to(device, widest_float(device))
+        self._rows_R = torch.arange(len(seeds), device=device)
+        self._ended_R = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def last(self) -> Tensor:
+        """The tokens drawn last, `[R, 1]`."""
+        return self._last_R[:, None]
+
+    def add(self, logits_RV: Tensor) -> list[int]:
+        """Draw the next token of every row; returns the rows that go on."""
+        uniform_R = self._uniforms_RN[:, len(self._steps)]
+        temperature, top_k, top_p = self._sampling.temperature, self._sampling.top_k, self._sampling.top_p
+        self._last_R, log_probs_R = draw(logits_RV, uniform_R, temperature=temperature, top_k=top_k, top_p=top_p)
+        self._steps.append((self._rows_R, self._last_R, log_probs_R))
+        self._ended_R = self._ended_R | torch.isin(self._last_R, self._ends)
+        if len(self._steps) == self._sampling.max_new_tokens:
+            return []
+        return [row for row, ended in enumerate(self._ended_R.tolist()) if not ended]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let all rows but these leave."""
+        kept = torch.tensor(rows, device=self._rows_R.device)
+        self._uniforms_RN, self._rows_R = self._uniforms_RN[kept], self._rows_R[kept]
+        self._ended_R, self._last_R = self._ended_R[kept], self._last_R[kept]
+
+    def completions(self) -> list[Completion]:
+        """What was drawn for each row of the chunk, up to its end."""
+        drawn: dict[int, list[tuple[int, float]]] = {row: [] for row in self._steps[0][0].tolist()}
+        for step in self._steps:
+            for row, token, log_prob in zip(*(part.tolist() for part in step), strict=True):
+                if not drawn[row] or drawn[row][-1][0] not in self._sampling.end_ids:
+                    drawn[row].append((token, log_prob))
+        if any(math.isnan(log_prob) for row in drawn.values() for _, log_prob in row):
+            raise ValueError("The model's logits are not numbers (NaN); it cannot be sampled from.")
+        return [
+            Completion(tuple(ids), ids[-1] in self._sampling.end_ids, tuple(log_probs))
+            for ids, log_probs in (zip(*row, strict=True) for row in drawn.values())
+        ]
+
+
+def _generate(
+    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, batch_size: int, seed: int
+) -> list[Completion]:
+    """One completion a prompt with transformers' `generate`, each chunk from a generator of its own."""
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=True,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        eos_token_id=list(sampling.end_ids),
-        pad_token_id=sampling.end_ids[0],
+        eos_token_id=list(sampling.end_ids) or None,
+        pad_token_id=sampling.end_ids[0] if sampling.end_ids else 0,
     )
     completions: list[Completion] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -59,7 +270,7 @@ def sample(
         for number, start in enumerate(tqdm(starts, desc="Sampling", leave=False)):
             torch.manual_seed(seed * 1_000_003 + number)
             chunk = prompts[start : start + batch_size]
-            ids, mask = _pad_left(chunk, sampling.end_ids[0], model.device)
+            ids, mask = _pad_left(chunk, cast(int, config.pad_token_id), model.device)
             output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
             completions += [_cut_at_end(row, sampling.end_ids) for row in output[:, ids.shape[1] :].tolist()]
     return completions
@@ -73,9 +284,7 @@ def _cut_at_end(ids: Sequence[int], end_ids: Sequence[int]) -> Completion:
     return Completion(tuple(ids), ended=False)
 
 
-def _pad_left(
-    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     length = max(map(len, sequences))
     ids = [[*[pad_id] * (length - len(sequence)), *sequence] for sequence in sequences]
     mask = [[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences]

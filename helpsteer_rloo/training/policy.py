@@ -14,7 +14,7 @@ from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.data.preparation import rollout_prompts
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
-from helpsteer_rloo.model.loading import load_reward_model, read_reward_record
+from helpsteer_rloo.model.loading import read_reward_record
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
@@ -36,7 +36,8 @@ def train_policy(
     at turn boundaries, those that a cut makes equal to one of the `heldout` prompts are left out, and all are counted.
 
     Returns:
-        `steps`, `prompts` (counts by reason), `base`, `adapter` and the last logged metrics.
+        `steps`, `prompts` (counts by reason), `base`, `adapter`, `shared_base` (whether the reward model stands on the
+        policy's base) and the last logged metrics.
 
     Raises:
         ValueError: the reward model is missing, renders text differently, or leaves no room for a completion.
@@ -51,18 +52,19 @@ def train_policy(
     groups = _without(groups, rollout_prompts(heldout, renderer, room, Counter()), counts)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
     args.model_init_kwargs = setup.init_kwargs
-    reward_model, _ = load_reward_model(own.reward_model_path)
+    scorer = RewardModelScorer(
+        None, batch_size=own.local_rollout_forward_batch_size, max_length=record["rendering"]["max_length"]
+    )
     trainer = RLOOTrainer(
         model=setup.base.name,
-        reward_funcs=RewardModelScorer(
-            reward_model, batch_size=own.local_rollout_forward_batch_size, max_length=record["rendering"]["max_length"]
-        ),
+        reward_funcs=scorer,
         args=args,
         train_dataset=_prompt_dataset(groups),
         processing_class=tokenizer,
         quantization_config=setup.quantization,
         peft_config=setup.peft,
     )
+    scorer.role = trainer.reward_role(own.reward_model_path, setup.base)
     _train(trainer, own)
     trainer.save_model(own.output_dir)
     return {
@@ -71,6 +73,7 @@ def train_policy(
         "prompts": dict(counts),
         "base": asdict(setup.base),
         "adapter": setup.peft is not None,
+        "shared_base": scorer.role.adapter is not None,
         "last_metrics": _last_metrics(trainer.state.log_history),
     }
 
@@ -166,6 +169,8 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         chat_template_kwargs={"enable_thinking": record["thinking"]},
         missing_eos_penalty=own.missing_eos_penalty,
         rollout_forward_batch_size=own.local_rollout_forward_batch_size,
+        engine=own.engine,
+        packed_tokens=own.packed_tokens,
         rollouts_dir=own.rollouts_dir or str(Path(own.output_dir) / "rollouts"),
     )
 

@@ -2,26 +2,43 @@
 
 import copy
 import warnings
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, TaskType
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.forward import scalar_head, score_sequences
+from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
 from helpsteer_rloo.run_dir import latest_checkpoint
+from helpsteer_rloo.training.packed import DEFAULT_TOKENS, deal, packing_obstacle, row_budget, sum_over_rows
+from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
-class RewardTrainer(trl.RewardTrainer):
-    """TRL's `RewardTrainer`, same arguments, with three differences.
+@dataclass
+class RewardConfig(trl.RewardConfig):
+    """TRL's `RewardConfig` and two more settings."""
 
+    engine: str = field(default="packed", metadata={"help": "'packed' rows with shared prompts, or 'trl': its own."})
+    packed_tokens: int = field(
+        default=DEFAULT_TOKENS, metadata={"help": "Most tokens in one packed row; a larger pair stands alone."}
+    )
+
+
+class RewardTrainer(trl.RewardTrainer):
+    """TRL's `RewardTrainer`, same arguments, with four differences.
+
+    - Pairs are computed in packed rows: no padding, the prompt once for both responses, and for all pairs that share a
+      value in the column `group`, if the data set has one. Loss and gradients are TRL's to float error; only where the
+      batches of one optimizer step differ in size does every pair count alike, instead of every batch.
     - The scalar head is trained and saved whatever the `peft_config` says: its task type becomes `SEQ_CLS`. (TRL 1.16
       leaves the head frozen and unsaved without a task type, and crashes on `CAUSAL_LM`.)
     - Under bf16 the trained weights of a LoRA run, the head among them, are kept in float32. (PEFT leaves the head in
@@ -49,6 +66,106 @@ class RewardTrainer(trl.RewardTrainer):
                 "Create the adapter with task_type='SEQ_CLS', or pass `peft_config` and let the trainer do so."
             )
 
+        self._budget = self._set_up_packing(kwargs.get("data_collator"))
+
+    def _set_up_packing(self, collator: Any) -> int | None:
+        """Use packed rows if the model and the arguments allow it, and say why not if they do not."""
+        self._packed = False
+        ours = self.args if isinstance(self.args, RewardConfig) else None
+        if ours and ours.engine == "trl":
+            return None
+        obstacle = "a data collator of its own" if collator is not None else packing_obstacle(self)
+        if obstacle is not None:
+            warnings.warn(f"Using TRL's own path: packed rows cannot be used with {obstacle}.", stacklevel=4)
+            return None
+        self._packed, self.data_collator = True, collate_pairs
+        return row_budget(self, ours.packed_tokens if ours else DEFAULT_TOKENS)
+
+    # ---- batches ----------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        if "group" not in columns:
+            columns.append("group")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        grouped = isinstance(dataset, Dataset) and "group" in dataset.column_names
+        if not self._packed or not grouped or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        local = self.args.gradient_accumulation_steps if self.args.world_size == 1 else 1
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupSampler(list(dataset["group"]), self._train_batch_size * local, seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step; pairs on one prompt are brought together across them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._packed or not batches:
+            return batches, items
+        pairs: list[Pair] = [pair for batch in batches for pair in batch["pairs"]]
+        hands = deal(pack_pairs(pairs, self._budget), len(batches))
+        return [{"batch": PairBatch(rows, len(batches) / len(pairs))} for rows in hands], items
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Bradley-Terry loss of a micro-batch, TRL's formula with its margins and its centering of rewards."""
+        if not self._packed or "input_ids" in inputs:  # padded as TRL's collator does it
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = inputs.get("batch")
+        if batch is None:  # an evaluation, which takes no part in `get_batch_samples`
+            batch = PairBatch(pack_pairs(inputs["pairs"], self._budget), 1 / len(inputs["pairs"]))
+        rewards: list[Tensor] = []
+        loss = sum_over_rows(self, model, batch.rows, lambda row: self._row_loss(model, row, batch.weight, rewards))
+        self._log_pairs(torch.cat(rewards).float() if rewards else torch.zeros(0, 2, device=loss.device), batch)
+        return (loss, {"logits": torch.cat(rewards)}) if return_outputs else loss
+
+    def _row_loss(self, model: Any, pairs: PairRow, weight: float, rewards: list[Tensor]) -> Tensor:
+        head = scalar_head(self.accelerator.unwrap_model(model))[1]
+        scores_B = packed_scores(model, head, pairs.row)
+        chosen_P, rejected_P = scores_B[pairs.chosen], scores_B[pairs.rejected]
+        rewards.append(torch.stack([chosen_P, rejected_P], dim=1).detach())
+        margins_P = chosen_P - rejected_P
+        if pairs.margins is not None:
+            margins_P = margins_P - torch.tensor(pairs.margins, device=margins_P.device)
+        losses_P = -torch.nn.functional.logsigmoid(margins_P)
+        if self.args.center_rewards_coefficient is not None:
+            losses_P = losses_P + self.args.center_rewards_coefficient * (chosen_P + rejected_P) ** 2
+        return losses_P.sum() * weight
+
+    def _log_pairs(self, rewards_P2: Tensor, batch: PairBatch) -> None:
+        """TRL's metrics of one micro-batch over all processes, every pair with the same weight in the means."""
+        margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+        tokens = sum(pairs.pair_tokens for pairs in batch.rows)
+        sums = [len(margins_P), (margins_P > 0).sum(), margins_P.sum(), rewards_P2.sum(), tokens]
+        totals = self.accelerator.reduce(torch.tensor([float(value) for value in sums], device=rewards_P2.device))
+        count, right, margin, total, tokens = cast(Tensor, totals).tolist()
+        extremes = [rewards_P2.min(), -rewards_P2.max()] if len(rewards_P2) else [margins_P.new_tensor(torch.inf)] * 2
+        gathered = cast(Tensor, self.accelerator.gather(torch.stack(extremes)))
+        lowest, highest_negated = gathered.view(-1, 2).amin(0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:
+            self._total_train_tokens += int(tokens)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if count:
+            metrics["min_reward"].append(lowest)
+            metrics["max_reward"].append(-highest_negated)
+            means = {"mean_reward": total / (2 * count), "accuracy": right / count, "margin": margin / count}
+            for name, value in means.items():
+                metrics[name] += [value] * int(count)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a micro-batch: 6 a parameter and token computed, by the usual count of a training step."""
+        if not self._packed:
+            return super().floating_point_ops(inputs)
+        tokens = sum(len(pairs.row.input_ids) for pairs in inputs["batch"].rows)
+        return 6 * tokens * cast(Any, self.model).num_parameters(exclude_embeddings=True)
+
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
@@ -72,11 +189,15 @@ def with_trained_head(config: PeftConfig | None) -> PeftConfig | None:
 
 
 def pair_dataset(groups: list[TokenGroup]) -> Dataset:
-    """One row a preference: `chosen_ids` and `rejected_ids`, each prompt and continuation together."""
+    """One row a preference: `chosen_ids` and `rejected_ids`, each prompt and continuation together, and `group`."""
     return Dataset.from_list(
         [
-            {"chosen_ids": list(group.sequence(p.chosen)), "rejected_ids": list(group.sequence(p.rejected))}
-            for group in groups
+            {
+                "chosen_ids": list(group.sequence(p.chosen)),
+                "rejected_ids": list(group.sequence(p.rejected)),
+                "group": number,
+            }
+            for number, group in enumerate(groups)
             for p in group.preferences
         ]
     )
@@ -101,7 +222,14 @@ def train_reward_model(
     Returns:
         `steps`, `last_metrics`, `base`, `adapter`, and `probe_scores`.
     """
-    args = build_args(trl.RewardConfig, settings, output_dir=settings.own.output_dir, max_length=None)
+    args = build_args(
+        RewardConfig,
+        settings,
+        output_dir=settings.own.output_dir,
+        max_length=None,
+        engine=settings.own.engine,
+        packed_tokens=settings.own.packed_tokens,
+    )
     setup = build_model_setup(settings, args, task_type="SEQ_CLS")
     args.model_init_kwargs = setup.init_kwargs
     trainer = RewardTrainer(

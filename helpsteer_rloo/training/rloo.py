@@ -1,381 +1,293 @@
-"""TRL's `RLOOTrainer`, scoring exactly what was sampled, keeping prompt groups together, and keeping a ledger."""
+"""RLOO on packed rows: `ScoredRLOOTrainer` with the project's own passes and sampler in place of TRL's."""
 
-import warnings
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import trl
-from accelerate.utils import gather, gather_object
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
 
-from helpsteer_rloo.groups import Message
-from helpsteer_rloo.model.forward import scalar_head
-from helpsteer_rloo.objectives import kl_k1, penalized_rewards, rloo_advantages
-from helpsteer_rloo.rendering import Renderer
-from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
-from helpsteer_rloo.training.scorer import RewardModelScorer
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.forward import group_log_probs, packed_log_probs, prepare_packed
+from helpsteer_rloo.model.loading import Base
+from helpsteer_rloo.model.roles import (
+    RewardRole,
+    acting_as,
+    can_share,
+    load_own_reward,
+    load_shared_reward,
+    without_reward,
+)
+from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed, supports_sampler
+from helpsteer_rloo.objectives import clipped_policy_losses
+from helpsteer_rloo.packing import token_count
+from helpsteer_rloo.training.packed import DEFAULT_TOKENS, packing_obstacle, row_budget, sum_over_rows
+from helpsteer_rloo.training.rloo_scoring import RLOOConfig, ScoredRLOOTrainer, gathered, has_images
+from helpsteer_rloo.training.rollouts import (
+    Rewards,
+    Rollout,
+    RolloutRow,
+    Scores,
+    TrainingBatch,
+    TrainingSlice,
+    Unit,
+    rows_of,
+    shuffled_slices,
+    sums_by_completion,
+    units_of,
+)
 
-
-@dataclass
-class RLOOConfig(trl.RLOOConfig):
-    """TRL's `RLOOConfig` and three more settings."""
-
-    missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Subtracted from the score of a completion that did not end by itself."}
-    )
-    rollout_forward_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions sampled or scored in one forward pass; default: all at once."}
-    )
-    rollouts_dir: str | None = field(default=None, metadata={"help": "Directory of the ledger; default: none is kept."})
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """One local batch of sampled completions, B = P·N of them, those of a prompt next to each other."""
-
-    prompts: list[Any]
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    completions: list[Any]
-    ended: list[bool]
+__all__ = ["RLOOConfig", "RLOOTrainer"]
 
 
-@dataclass(frozen=True)
-class _Rewards:
-    """Rewards and advantages of all processes' completions, `[B]`; NaN marks a completion nothing could score."""
+class RLOOTrainer(ScoredRLOOTrainer):
+    """TRL's `RLOOTrainer`, same arguments and configurations, with these differences besides `ScoredRLOOTrainer`'s.
 
-    by_source_BF: Tensor
-    unclipped_B: Tensor
-    score_B: Tensor
-    penalty_B: Tensor
-    kl_B: Tensor | None
-    reward_B: Tensor
-    advantage_B: Tensor
+    - Policy, reference and reward passes run on packed rows: no padding, each prompt once for its completions.
+    - Where every completion is trained on once, there is no pass for the old log-probabilities: the training pass
+      yields them, with the same value.
+    - Completions are sampled by the embedded sampler, prompts computed once, unless vLLM or a setting that only
+      `generate` knows is asked for.
 
-
-class RLOOTrainer(trl.RLOOTrainer):
-    """TRL's `RLOOTrainer`, same arguments and configurations, with these differences.
-
-    - A reward model, bare or with LoRA, that shares the policy's vocabulary and chat template is given the sampled ids
-      themselves, in chunks. (TRL 1.16 decodes and renders them again, so a completion that was cut off arrives with an
-      end of turn.) Reward functions receive the rendered prompts as `prompt_ids`, besides TRL's arguments.
-    - Text of a prompt that spells a control token stays text.
-    - The completions of a prompt stay together when a batch of rollouts is shuffled and split.
-    - `missing_eos_penalty` is subtracted from the score of a completion that did not end by itself.
-    - With `rollouts_dir`, every completion goes to a ledger.
-
-    Images, prompts that do not end with a user turn, and reward models with another vocabulary, chat template or head
-    are left to TRL's own path, the reward models and images with one warning.
+    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and weights that
+    are sharded over processes are left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
     """
 
     def __init__(
         self, model: Any, reward_funcs: Any, args: trl.RLOOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
-        """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this module's."""
+        """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this project's."""
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self._budget = self._set_up_packing()
+        self._slices: list[TrainingSlice] = []
+
+    def _set_up_packing(self) -> int | None:
+        """Use packed rows if the model and the arguments allow it, and say why not if they do not."""
+        self._packed = False
         ours = self.args if isinstance(self.args, RLOOConfig) else None
-        self.missing_eos_penalty = ours.missing_eos_penalty if ours else 0.0
-        self.forward_batch_size = ours.rollout_forward_batch_size if ours else None
-        self.rollouts_dir = Path(ours.rollouts_dir) if ours and ours.rollouts_dir else None
-        self._fallbacks: set[str] = set()
-        self._renderer = self._make_renderer()
-        pairs = zip(self.reward_funcs, self.reward_processing_classes, strict=True)
-        prepared = [self._prepare_adapted(func, processing) for func, processing in pairs]
-        self.reward_processing_classes = [processing for _, processing in prepared]
-        self.reward_funcs = [
-            self._exact(func, processing, name)
-            for (func, processing), name in zip(prepared, self.reward_func_names, strict=True)
-        ]
-
-    def _make_renderer(self) -> Renderer | None:
-        if self._is_vlm or not self._tokenizer.chat_template:
+        if ours and ours.engine == "trl":
             return None
-        return Renderer(self._tokenizer, template_kwargs=cast(dict[str, Any], self.chat_template_kwargs))
-
-    def _prepare_adapted(self, func: Any, processing: Any) -> tuple[Any, Any]:
-        """Give a reward model with an adapter the device, tokenizer and padding id that TRL gives bare ones only."""
-        if not isinstance(func, PeftModel):
-            return func, processing
-        func = self.accelerator.prepare_model(func.eval(), evaluation_mode=True, device_placement=True)
-        config = func.get_base_model().config
-        if processing is None:
-            processing = self._tokenizer_of(config._name_or_path)
-        if processing is not None:
-            if processing.pad_token_id is None:
-                processing.pad_token = processing.eos_token
-            config.get_text_config().pad_token_id = processing.pad_token_id
-        return func, processing
-
-    def _tokenizer_of(self, base: str) -> PreTrainedTokenizerBase | None:
-        try:
-            trusted = cast(Any, self.args).trust_remote_code
-            return cast(Any, AutoTokenizer).from_pretrained(base, trust_remote_code=trusted)
-        except (OSError, ValueError, KeyError, ImportError):
-            self._fall_back(
-                f"the tokenizer of a reward model's base, {base!r}, cannot be loaded; pass `reward_processing_classes`"
-            )
-            return None
-
-    def _exact(self, func: Any, processing: Any, name: str) -> Any:
-        """A reward model that can be given the policy's ids becomes a scorer of ids; anything else is left to TRL."""
-        if not isinstance(func, PreTrainedModel | PeftModel) or processing is None:
-            return func
-        obstacle = self._obstacle(func, processing)
+        obstacle = "images" if self._is_vlm else "a balancing loss of experts" if self.aux_loss_enabled else None
+        obstacle = obstacle or packing_obstacle(self)
         if obstacle is not None:
-            self._fall_back(f"a reward model with {obstacle} is given decoded text")
-            return func
-        return RewardModelScorer(func.eval(), batch_size=self._chunk(), max_length=None, name=name)
+            self._fall_back(f"packed rows cannot be used with {obstacle}")
+            return None
+        if self.ref_model is not None:
+            prepare_packed(self.ref_model)
+        self._packed = True
+        return row_budget(self, ours.packed_tokens if ours else DEFAULT_TOKENS)
 
-    def _obstacle(self, func: PreTrainedModel | PeftModel, processing: Any) -> str | None:
-        """What keeps a reward model from being given the policy's ids, if anything does."""
-        if not isinstance(processing, PreTrainedTokenizerBase) or processing.get_vocab() != self._tokenizer.get_vocab():
-            return "a vocabulary of its own"
-        theirs, ours = processing.chat_template, self._tokenizer.chat_template
-        if theirs and ours and theirs != ours:
-            return "a chat template of its own"
-        if isinstance(func, PeftModel) and func.active_peft_config.is_prompt_learning:
-            return "virtual tokens"  # which are added by a forward pass that scoring goes around
-        try:
-            scalar_head(func)
-        except ValueError:
-            return "no head named 'score'"
-        return None
+    def reward_role(self, directory: str | Path, base: Base) -> RewardRole:
+        """A trained reward model: on the policy's own base where it is an adapter for it, else a model of its own.
 
-    def _fall_back(self, what: str) -> None:
-        if what not in self._fallbacks:
-            self._fallbacks.add(what)
-            warnings.warn(f"Using TRL's own path: {what}.", stacklevel=3)
+        Args:
+            directory: Of the reward model.
+            base: Where the policy's base came from.
+        """
+        policy = self.accelerator.unwrap_model(self.model)
+        if self._packed and can_share(policy, base, directory):
+            return load_shared_reward(policy, directory)
+        return load_own_reward(directory)
 
-    def _chunk(self) -> int:
-        return self.forward_batch_size or self.args.per_device_train_batch_size
-
-    @property
-    def _sampling_for_training(self) -> bool:
-        return cast(nn.Module, self.model).training
-
-    @property
-    def _group_size(self) -> int:
-        """Completions a prompt, in training or in evaluation."""
-        return cast(int, self.num_generations if self._sampling_for_training else self.num_generations_eval)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with without_reward(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
-        if self._renderer is None or not all(_is_plain_chat(prompt) for prompt in prompts):
-            return super()._tokenize_prompts(prompts)
-        messages = [[Message(turn["role"], turn["content"]) for turn in prompt] for prompt in prompts]
-        return [list(self._renderer.prompt_ids(prompt)) for prompt in messages], None, {}
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any]
     ) -> list[list[int]]:
-        size = self.forward_batch_size
-        if size is None or self.use_vllm or images is not None or multimodal_fields:
+        policy = self.accelerator.unwrap_model(self.model)
+        if not self._packed or images is not None or multimodal_fields or self._asks_for_generate:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        chunks = [prompt_ids[start : start + size] for start in range(0, len(prompt_ids), size)]
-        return [ids for chunk in chunks for ids in super(RLOOTrainer, self)._generate_single_turn(chunk, None, {})]
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        if not self._sampling_for_training or _has_images(generation_batch):
-            return super()._prepare_inputs(generation_batch)
-        slices = cast(int, cast(trl.RLOOConfig, self.args).steps_per_generation)
-        if self._step % (slices * self.num_iterations) == 0 or not self._buffered_inputs:
-            batch = shuffle_groups(self._generate_and_score_completions(generation_batch), self._group_size)
-            self._buffered_inputs = split_tensor_dict(cast(dict[str, Tensor | None], batch), slices)
-        return self._buffered_inputs[self._step % slices]
-
-    # ---- rewards and advantages -------------------------------------------------------------------------------------
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if _has_images(inputs):
-            self._fall_back("prompts with images")
-            return super()._generate_and_score_completions(inputs)
-        rollout = self._rollout(inputs)
-        batch = self._pad(rollout)
-        old_BC, reference_BC = self._log_probs(batch)
-        kl_B = None if reference_BC is None else _gathered(kl_k1(old_BC, reference_BC, batch["completion_mask"]))
-        rewards = self._rewards(inputs, rollout, kl_B)
-        self._log_rollout(rollout, rewards, batch["completion_mask"])
-        rank, count = self.accelerator.process_index, len(rollout.prompts)
-        return {
-            **batch,
-            "old_logps": (old_BC * batch["completion_mask"]).sum(1),
-            "advantages": rewards.advantage_B[rank * count : (rank + 1) * count],
-        }
-
-    def _rollout(self, inputs: list[dict[str, Any]]) -> _Rollout:
-        prompts = [row["prompt"] for row in inputs]
-        prompt_ids, completion_ids, completions = self._generate(prompts)
-        ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids]
-        return _Rollout(prompts, prompt_ids, completion_ids, completions, ended)
-
-    def _pad(self, rollout: _Rollout) -> dict[str, Tensor]:
-        device, multiple = self.accelerator.device, cast(int | None, self.pad_to_multiple_of)
-
-        def padded(rows: list[list[int]], value: int, side: str) -> Tensor:
-            tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-            return pad(tensors, value, padding_side=side, pad_to_multiple_of=multiple).to(device)
-
-        pad_id = cast(int, self._tokenizer.pad_token_id)
-        completion_mask = padded([[1] * len(ids) for ids in rollout.completion_ids], 0, "right")
-        if self.mask_truncated_completions:
-            completion_mask = completion_mask * torch.tensor(rollout.ended, device=device).unsqueeze(1)
-        return {
-            "prompt_ids": padded(rollout.prompt_ids, pad_id, "left"),
-            "prompt_mask": padded([[1] * len(ids) for ids in rollout.prompt_ids], 0, "left"),
-            "completion_ids": padded(rollout.completion_ids, pad_id, "right"),
-            "completion_mask": completion_mask,
-        }
-
-    @torch.no_grad()
-    def _log_probs(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of the sampled tokens under the policy and, if KL is used, the reference, `[B, C]`."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        keep, size = batch["completion_ids"].size(1), self._chunk()
-
-        def log_probs(model: Any) -> Tensor:
-            return self._get_per_token_logps_and_entropies(model, ids, mask, keep, batch_size=size)[0]
-
-        with disable_gradient_checkpointing(cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)):
-            old_BC = log_probs(self.model)
-            if self.beta == 0.0:
-                return old_BC, None
-            if self.ref_model is not None:
-                return old_BC, log_probs(self.ref_model)
-            model = self.accelerator.unwrap_model(self.model)
-            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-                return old_BC, log_probs(self.model)
-
-    def _rewards(self, inputs: list[dict[str, Any]], rollout: _Rollout, kl_B: Tensor | None) -> _Rewards:
-        """clip(sum of weighted scores) - missing-EOS penalty - beta * KL, then leave-one-out within each prompt."""
-        device = self.accelerator.device
-        with_ids = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, rollout.prompt_ids, strict=True)]
-        by_source_BF = self._calculate_rewards(with_ids, rollout.prompts, rollout.completions, rollout.completion_ids)
-        unclipped_B = (by_source_BF * self.reward_weights.to(device)).nansum(dim=1)
-        unclipped_B[by_source_BF.isnan().all(dim=1)] = torch.nan
-        score_B = unclipped_B.clamp(*self.reward_clip_range) if self.reward_clip_range else unclipped_B
-        unfinished_B = _gathered(torch.tensor([not ended for ended in rollout.ended], device=device))
-        penalty_B = self.missing_eos_penalty * unfinished_B.float()
-        reward_B = penalized_rewards(score_B, penalty_B, kl_B, self.beta)
-        advantage_B = rloo_advantages(
-            reward_B.view(-1, self._group_size), normalize=bool(self.normalize_advantages)
-        ).flatten()
-        return _Rewards(by_source_BF, unclipped_B, score_B, penalty_B, kl_B, reward_B, advantage_B)
-
-    # ---- records ----------------------------------------------------------------------------------------------------
-
-    def _log_rollout(self, rollout: _Rollout, rewards: _Rewards, completion_mask: Tensor) -> None:
-        metrics, tokens = self._current_metrics, _gathered(completion_mask.sum()).sum().item()
-        if rewards.kl_B is not None:
-            metrics["kl"].append(rewards.kl_B.sum().item() / max(tokens, 1))
-            metrics["kl_per_completion"].append(rewards.kl_B.mean().item())
-        for name, source_B in zip(self.reward_func_names, rewards.by_source_BF.unbind(1), strict=True):
-            metrics[f"rewards/{name}/mean"].append(source_B.nanmean().item())
-            metrics[f"rewards/{name}/std"].append(nanstd(source_B).item())
-        metrics["reward"].append(rewards.unclipped_B.nanmean().item())
-        metrics["reward_std"].append(nanstd(rewards.unclipped_B).item())
-        groups_PN = rewards.reward_B.view(-1, self._group_size)
-        equal_P = (groups_PN - groups_PN[:, :1]).abs().nan_to_num(0.0).amax(1) < 1e-8
-        metrics["frac_reward_zero_std"].append(equal_P.float().mean().item())
-        metrics["missing_eos"].append((rewards.penalty_B > 0).float().mean().item())
-        metrics["objective"].append(rewards.reward_B.nanmean().item())
-        self._log_tables(rollout, rewards)
-        if self._sampling_for_training and self.rollouts_dir is not None:
-            self._write_ledger(rollout, rewards)
+        if not supports_sampler(policy):
+            self._fall_back("this model cannot be sampled by the embedded sampler")
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        args = cast(trl.RLOOConfig, self.args)
+        sampling = Sampling(
+            max_new_tokens=cast(int, self.max_completion_length),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k or 0,
+            end_ids=tuple(self.eos_token_ids),
+        )
+        place = (self.state.global_step, int(self._sampling_for_training), self.accelerator.process_index)
+        seeds = [sequence_seed(args.seed, *place, index) for index in range(len(prompt_ids))]
+        units = units_of(Rollout([], prompt_ids, [[0]] * len(prompt_ids), [], []), self._group_size)
+        drawn = sample_groups(
+            policy,
+            [unit.group.prompt_ids for unit in units],
+            [[seeds[place] for place in unit.places] for unit in units],
+            sampling,
+            rows=max(self._group_size, self.forward_batch_size or len(prompt_ids)),
+        )
+        return [list(completion.ids) for completions in drawn for completion in completions]
 
     @property
-    def _current_metrics(self) -> defaultdict[str, list[float]]:
-        return cast(Any, self._metrics)["train" if self._sampling_for_training else "eval"]
+    def _asks_for_generate(self) -> bool:
+        """Whether a setting was given that only vLLM or transformers' `generate` knows."""
+        args = cast(trl.RLOOConfig, self.args)
+        return bool(
+            self.use_vllm
+            or self.use_transformers_continuous_batching
+            or args.generation_kwargs
+            or args.cache_implementation
+            or self.min_p
+            or self.repetition_penalty not in (None, 1.0)
+        )
 
-    def _log_tables(self, rollout: _Rollout, rewards: _Rewards) -> None:
-        """Fill the tables of completions that TRL prints and sends to trackers."""
-        logs = cast(dict[str, Any], self._logs)
-        logs["prompt"].extend(gather_object(rollout.prompts))
-        logs["completion"].extend(gather_object(rollout.completions))
-        for name, source_B in zip(self.reward_func_names, rewards.by_source_BF.unbind(1), strict=True):
-            logs["rewards"][name].extend(source_B.tolist())
-        logs["advantages"].extend(rewards.advantage_B.tolist())
-        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            values = self._pending_extra_logs.get(column, [None] * len(rollout.prompts))
-            logs["extra"][column].extend(gather_object(values))
-        self._pending_extra_logs.clear()
-        pending: defaultdict[str, list[float]] = self._pending_metrics
-        for name in sorted(set(gather_object(list(pending)))):
-            values = [value for part in gather_object([pending.get(name, [])]) for value in part]
-            self._current_metrics[name].append(sum(values) / max(len(values), 1))
-        pending.clear()
+    # ---- the batch of rollouts --------------------------------------------------------------------------------------
 
-    def _write_ledger(self, rollout: _Rollout, rewards: _Rewards) -> None:
-        rows = gather_object(list(zip(rollout.prompt_ids, rollout.completion_ids, rollout.ended, strict=True)))
-        if not self.accelerator.is_main_process or self.rollouts_dir is None:
-            return
-        texts = self._tokenizer.batch_decode([ids for _, ids, _ in rows], skip_special_tokens=False)
-        kl = [None] * len(rows) if rewards.kl_B is None else rewards.kl_B.tolist()
-        columns = (rewards.score_B, rewards.penalty_B, rewards.reward_B, rewards.advantage_B)
-        numbers = list(zip(*(column.tolist() for column in columns), kl, strict=True))
-        entries = []
-        for place, ((prompt_ids, ids, ended), sources) in enumerate(
-            zip(rows, rewards.by_source_BF.tolist(), strict=True)
-        ):
-            score, penalty, reward, advantage, kl_value = numbers[place]
-            entries.append(
-                Entry(
-                    step=self.state.global_step,
-                    group=place // self._group_size,
-                    index=place % self._group_size,
-                    prompt_ids=list(prompt_ids),
-                    completion_ids=list(ids),
-                    text=texts[place],
-                    finish_reason="stop" if ended else "length",
-                    scores=dict(zip(self.reward_func_names, map(number_or_none, sources), strict=True)),
-                    score=number_or_none(score),
-                    missing_eos_penalty=penalty,
-                    kl=kl_value,
-                    kl_coef=self.beta,
-                    reward=number_or_none(reward),
-                    advantage=advantage,
-                )
-            )
-        write_rollout(self.rollouts_dir, self.state.global_step, entries)
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if not self._packed or has_images(generation_batch):
+            return super()._prepare_inputs(generation_batch)
+        if not self._sampling_for_training:
+            batch = self._rolled_out(generation_batch, fresh=False)
+            rows = rows_of(units_of(batch.rollout, self._group_size), self._budget)
+            return TrainingSlice(batch, rows, 1 / len(batch.rollout.prompts))
+        args = cast(Any, self.args)
+        per_generation, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
+        if self._step % (per_generation * self.num_iterations) == 0 or not self._slices:
+            once = self.num_iterations == 1 and per_generation == accumulation
+            batch = self._rolled_out(generation_batch, fresh=once and not self.normalize_advantages)
+            units = units_of(batch.rollout, self._group_size)
+            steps = shuffled_slices(units, max(1, per_generation // accumulation), accumulation, self._budget)
+            weight = per_generation / len(batch.rollout.prompts)
+            self._slices = [TrainingSlice(batch, rows, weight) for step in steps for rows in step]
+        return self._slices[self._step % per_generation]
 
+    def _rolled_out(self, inputs: list[dict[str, Any]], *, fresh: bool) -> TrainingBatch:
+        """Sample and score a batch; `fresh` leaves policy log-probabilities to the training pass, if groups allow it.
 
-def _gathered(local: Tensor) -> Tensor:
-    """A tensor of all processes' values, joined along the first axis."""
-    return cast(Tensor, gather(local))
-
-
-def shuffle_groups(batch: dict[str, Tensor], group_size: int) -> dict[str, Tensor]:
-    """Permute the rows of a batch of tensors by whole groups, so that a prompt's completions stay neighbours.
-
-    A local batch that does not hold whole groups (a prompt shared by several processes) is left in its order.
-    """
-    rows = len(batch["advantages"])
-    if rows % group_size:
+        They do if every group is on one process and fits into a row, since an advantage needs the whole group's KL.
+        """
+        rollout = self._rollout(inputs)
+        scores = self._scores(inputs, rollout)
+        units = units_of(rollout, self._group_size)
+        device, count = self.accelerator.device, len(rollout.prompts)
+        kept = [ended or not self.mask_truncated_completions for ended in rollout.ended]
+        batch = TrainingBatch(
+            rollout,
+            scores,
+            counted_B=torch.tensor(kept, device=device),
+            reference_B=None,
+            old_B=None,
+            advantage_B=torch.zeros(count, device=device),
+            kl_B=None,
+            awaited=count,
+        )
+        if self.beta != 0.0:
+            with self._reference() as model:
+                batch.reference_B = self._pass(model, units, batch)
+        if not (fresh and self._groups_are_whole(units)):
+            batch.old_B = self._pass(self.model, units, batch)
+            kl_B = None if batch.reference_B is None else gathered(batch.old_B - batch.reference_B)
+            self._finish(batch, self._rule.rewards(scores, kl_B))
         return batch
-    order_P = torch.randperm(rows // group_size)
-    order_B = (order_P[:, None] * group_size + torch.arange(group_size)).flatten()
-    return {name: tensor[order_B.to(tensor.device)] for name, tensor in batch.items()}
+
+    def _groups_are_whole(self, units: Sequence[Unit]) -> bool:
+        whole = all(len(unit.places) == self._group_size for unit in units)
+        fits = self._budget is None or max(token_count(unit.group) for unit in units) <= self._budget
+        flag = torch.tensor([float(whole and fits)], device=self.accelerator.device)
+        return bool(gathered(flag).min().item())
+
+    @torch.no_grad()
+    def _pass(self, model: Any, units: Sequence[Unit], batch: TrainingBatch) -> Tensor:
+        """Sum of the log-probabilities of each completion's tokens, in the order of the batch; `[B]`."""
+        groups: list[TokenGroup] = [unit.group for unit in units]
+        with self.accelerator.autocast():
+            found = group_log_probs(model, groups, self._budget, self.temperature)
+        places = [place for unit in units for place in unit.places]
+        sums = torch.stack([values.sum() for own in found for values in own])
+        sums_B = torch.empty_like(sums)
+        sums_B[torch.tensor(places, device=sums.device)] = sums
+        return sums_B * batch.counted_B
+
+    @contextmanager
+    def _reference(self) -> Generator[Any]:
+        """The reference model: one of its own, or the policy without its adapter (or with the one it started from)."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        with acting_as(policy, "ref" if "ref" in policy.peft_config else None):
+            yield policy
+
+    def _finish(self, batch: TrainingBatch, rewards: Rewards) -> None:
+        """Take over the advantages, and record the batch."""
+        batch.advantage_B = self._local(rewards.advantage_B)
+        batch.awaited = 0
+        lengths = [len(ids) for ids in batch.rollout.completion_ids]
+        tokens = (torch.tensor(lengths, device=batch.counted_B.device) * batch.counted_B).sum()
+        self._log_rollout(batch.rollout, rewards, tokens)
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The clipped RLOO loss of a micro-batch, TRL's formula."""
+        if not isinstance(inputs, TrainingSlice):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        stats = torch.zeros(len(_STATS), dtype=torch.float64, device=self.accelerator.device)
+        loss = sum_over_rows(self, model, inputs.rows, lambda row: self._row_loss(model, inputs, row, stats))
+        self._log_losses(stats)
+        batch = inputs.batch
+        if batch.old_B is None and batch.awaited == 0:
+            kl_B = None if batch.kl_B is None else gathered(batch.kl_B)
+            self._finish(batch, self._rule.rewards(batch.scores, kl_B))
+        return loss
+
+    def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow, stats: Tensor) -> Tensor:
+        batch, places = inputs.batch, torch.tensor(row.places, device=stats.device)
+        counted_B = batch.counted_B[places]
+        found = packed_log_probs(model, row.row, self.temperature)
+        log_probs_B = sums_by_completion(found.log_probs, row.row) * counted_B
+        if batch.old_B is None:
+            self._fill_in(batch, places, log_probs_B.detach())
+        old_B = log_probs_B.detach() if batch.old_B is None else batch.old_B[places]
+        advantage_B = batch.advantage_B[places]
+        losses_B = clipped_policy_losses(log_probs_B - old_B, advantage_B, self.epsilon_low, self.epsilon_high)
+        with torch.no_grad():
+            ratio_B = (log_probs_B - old_B).exp()
+            low_B = (ratio_B < 1 - self.epsilon_low) & (advantage_B < 0)
+            high_B = (ratio_B > 1 + self.epsilon_high) & (advantage_B > 0)
+            lengths = torch.tensor([n for s in row.row.spans for n in s.continuations], device=stats.device)
+            entropy_B = sums_by_completion(found.entropies, row.row) * counted_B
+            sums = (entropy_B.sum(), (lengths * counted_B).sum(), low_B.sum(), high_B.sum(), len(row.places))
+            stats += torch.stack([torch.as_tensor(value, dtype=stats.dtype, device=stats.device) for value in sums])
+        return losses_B.sum() * inputs.weight
+
+    def _fill_in(self, batch: TrainingBatch, places: Tensor, log_probs_B: Tensor) -> None:
+        """Rewards and advantages of whole groups whose policy log-probabilities have just been computed."""
+        own = Scores(*(self._local(values)[places] for values in _columns(batch.scores)))
+        kl_B = None
+        if batch.reference_B is not None:
+            kl_B = log_probs_B - batch.reference_B[places]
+            batch.kl_B = torch.zeros_like(batch.reference_B) if batch.kl_B is None else batch.kl_B
+            batch.kl_B[places] = kl_B
+        advantage_B = self._rule.rewards(own, kl_B).advantage_B
+        batch.advantage_B = batch.advantage_B.to(advantage_B.dtype)
+        batch.advantage_B[places] = advantage_B
+        batch.awaited -= len(places)
+
+    def _log_losses(self, stats: Tensor) -> None:
+        """TRL's metrics of one micro-batch over all processes; one without a completion adds nothing."""
+        totals = dict(zip(_STATS, cast(Tensor, self.accelerator.reduce(stats)).tolist(), strict=True))
+        if not totals["completions"]:
+            return
+        metrics: Mapping[str, list[float]] = self._current_metrics
+        metrics["entropy"].append(totals["entropy"] / max(totals["tokens"], 1.0))
+        for side in ("low", "high"):
+            metrics[f"clip_ratio/{side}_mean"].append(totals[side] / totals["completions"])
+        metrics["clip_ratio/region_mean"].append((totals["low"] + totals["high"]) / totals["completions"])
 
 
-def _has_images(inputs: Sequence[Mapping[str, Any]]) -> bool:
-    return any(row.get("images") or row.get("image") is not None for row in inputs)
+_STATS = ("entropy", "tokens", "low", "high", "completions")
 
 
-def _is_plain_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of text turns of the usual roles that ends with the user's."""
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(t.get("role") in ("system", "user", "assistant") and isinstance(t.get("content"), str) for t in prompt)
-        and all(set(turn) <= {"role", "content"} for turn in prompt)
-        and prompt[-1]["role"] == "user"
-    )
+def _columns(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return scores.by_source_BF, scores.unclipped_B, scores.score_B, scores.penalty_B

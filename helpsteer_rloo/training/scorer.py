@@ -4,10 +4,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.forward import score_groups
+from helpsteer_rloo.model.roles import RewardRole
 
 
 class RewardModelScorer:
@@ -18,10 +16,13 @@ class RewardModelScorer:
     """
 
     def __init__(
-        self, model: nn.Module, *, batch_size: int, max_length: int | None, name: str = "reward_model"
+        self, role: RewardRole | None, *, batch_size: int, max_length: int | None, name: str = "reward_model"
     ) -> None:
-        """Bind a reward model; `max_length` is the longest sequence it was trained on, in tokens."""
-        self.model, self.batch_size, self.max_length = model, batch_size, max_length
+        """Bind a reward model, or None until `role` is set, where it is to stand on a base that is not loaded yet.
+
+        `max_length` is the longest sequence it was trained on, in tokens.
+        """
+        self.role, self.batch_size, self.max_length = role, batch_size, max_length
         self.__name__ = name
 
     def __call__(
@@ -30,8 +31,11 @@ class RewardModelScorer:
         """One score a completion, in the order given.
 
         Raises:
+            RuntimeError: no reward model was bound.
             ValueError: a sequence is longer than what the reward model was trained on.
         """
+        if self.role is None:
+            raise RuntimeError("The scorer has no reward model yet.")
         pairs = list(zip(map(tuple, prompt_ids), map(tuple, completion_ids), strict=True))
         longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
         if self.max_length is not None and longest > self.max_length:
@@ -43,4 +47,5 @@ class RewardModelScorer:
             TokenGroup((), prompt, tuple(completion for _, completion in same))
             for prompt, same in itertools.groupby(pairs, key=lambda pair: pair[0])
         ]
-        return [score for scores in score_groups(self.model, groups, self.batch_size) for score in scores]
+        whole = max(self.batch_size, *(len(group.continuation_ids) for group in groups))  # cut, it would cost more
+        return [score for scores in self.role.score(groups, whole) for score in scores]

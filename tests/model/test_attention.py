@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -12,8 +13,15 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.attention import SHARED_PREFIX, dense_mask, use_shared_prefix
-from helpsteer_rloo.packing import PackedRow
+from helpsteer_rloo.model import shared_prefix_cpu
+from helpsteer_rloo.model.attention import (
+    SHARED_PREFIX,
+    attend_by_blocks,
+    dense_mask,
+    shared_prefix_attention,
+    use_shared_prefix,
+)
+from helpsteer_rloo.packing import PackedRow, Span
 
 SIZES = {
     "vocab_size": 60,
@@ -111,6 +119,60 @@ def test_the_blocks_meet_the_dense_mask(model, seed):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
+EDGES = {
+    "no prompt": (Span(0, 0, (2, 3)),),
+    "prompt of one token": (Span(0, 1, (1, 4)), Span(6, 1, (1,))),
+    "prompts only": (Span(0, 4, ()), Span(4, 2, ())),
+    "mixed": (Span(0, 5, (1, 4, 2)), Span(12, 3, ()), Span(15, 0, (3,)), Span(18, 2, (2,))),
+}
+
+
+def draw(spans, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    total = spans[-1].end
+    return [
+        torch.randn(1, total, heads, 8, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+
+
+def under_dense_mask(query, key, value, spans, scaling):
+    mask = dense_mask(spans)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+
+
+@pytest.mark.parametrize("attend", [shared_prefix_cpu.attend, attend_by_blocks])
+@pytest.mark.parametrize("spans", EDGES.values(), ids=EDGES.keys())
+def test_every_way_to_attend_meets_the_dense_mask(spans, attend):
+    inputs = draw(spans)
+    ours, exact = attend(*inputs, spans, 0.4), under_dense_mask(*inputs, spans, 0.4)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
+    gradients = (torch.autograd.grad(out, inputs, weights) for out in (ours, exact))
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_cpu_is_served_with_and_without_its_kernels(monkeypatch, supported):
+    calls = []
+    monkeypatch.setattr(shared_prefix_cpu, "supported", lambda: supported)
+    plan_row, spans = shared_prefix_cpu.plan_row, EDGES["mixed"]
+    monkeypatch.setattr(shared_prefix_cpu, "plan_row", lambda spans: calls.append(spans) or plan_row(spans))
+    inputs = draw(spans)
+    out, weights = shared_prefix_attention(torch.nn.Module(), *inputs, None, spans=spans, scaling=0.4)
+    assert weights is None
+    assert len(calls) == supported
+    torch.testing.assert_close(out.transpose(1, 2), under_dense_mask(*inputs, spans, 0.4), rtol=1e-10, atol=1e-10)
+
+
+def test_another_device_is_served_by_plain_blocks():
+    inputs = [x.to("meta") for x in draw(EDGES["mixed"])]
+    out, _ = shared_prefix_attention(torch.nn.Module(), *inputs, None, spans=EDGES["mixed"])
+    assert out.device.type == "meta"
+    assert out.shape == (1, 22, 4, 8)
+
+
 def test_without_spans_a_padded_batch_is_masked_as_ever(model):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -143,3 +205,35 @@ def test_a_model_with_sliding_windows_or_of_another_architecture_is_refused():
     other = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
     with pytest.raises(ValueError, match="was not made for MistralForCausalLM"):
         use_shared_prefix(other)
+
+
+class Recorder:
+    """A cascade that attends to nothing before, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def attend(self, module, query, key, value, scaling):
+        self.asked.append((module.layer_idx, query.shape, key.shape, value.shape, scaling))
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+def test_a_cascade_attends_in_every_layer(model):
+    ids = torch.tensor([[5, 6, 7], [9, 10, 11]])
+    model.set_attn_implementation("sdpa")
+    expected = model(input_ids=ids).logits
+    use_shared_prefix(model)
+    cascade = Recorder()
+    got = model(input_ids=ids, cascade=cascade, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    shapes = ((2, 4, 3, 8), (2, 2, 3, 8), (2, 2, 3, 8))
+    assert cascade.asked == [(layer, *shapes, 8**-0.5) for layer in range(2)]
+
+
+@pytest.mark.parametrize("given", [{"spans": EDGES["mixed"]}, {"cascade": Recorder()}])
+def test_what_only_other_attention_knows_is_refused(given):
+    with pytest.raises(ValueError, match="does not know dropout, sliding_window"):
+        shared_prefix_attention(
+            torch.nn.Module(), *draw(EDGES["mixed"]), None, dropout=0.1, sliding_window=4, softcap=None, **given
+        )

@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.forward import completion_log_probs, score_groups, score_sequences
+from helpsteer_rloo.model.forward import group_log_probs, score_groups, score_sequences
 
 SEQUENCES = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18]]
 
@@ -64,7 +64,9 @@ def test_log_probabilities_equal_a_plain_forward_in_float64(tiny_base, temperatu
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0] / temperature
         log_probs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         expected.append(log_probs[torch.arange(len(completion)), torch.tensor(completion)].sum().item())
-    assert completion_log_probs(model, prompts, completions, 2, temperature) == pytest.approx(expected, rel=1e-5)
+    groups = [TokenGroup((), tuple(p), (tuple(c),)) for p, c in zip(prompts, completions, strict=True)]
+    got = [own.sum().item() for (own,) in group_log_probs(model, groups, 8, temperature)]
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 GROUPS = [

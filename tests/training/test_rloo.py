@@ -15,10 +15,12 @@ from transformers import (
 )
 
 from helpsteer_rloo.config import RLOO
+from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.objectives import leave_one_out
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
-from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer, shuffle_groups
+from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
+from helpsteer_rloo.training.rloo_scoring import shuffle_groups
 from helpsteer_rloo.training.scorer import RewardModelScorer
 
 PROMPTS = [f"List {n} trees, separated by commas." for n in range(12)]
@@ -80,7 +82,7 @@ def ledger(tiny_base, tokenizer, reward_model, tmp_path_factory):
         tiny_base,
         tokenizer,
         directory,
-        reward=RewardModelScorer(reward_model, batch_size=3, max_length=None),
+        reward=RewardModelScorer(RewardRole(reward_model), batch_size=3, max_length=None),
         missing_eos_penalty=2.5,
         rollouts_dir=str(directory / "rollouts"),
         rollout_forward_batch_size=8,
@@ -249,20 +251,18 @@ def test_micro_batches_hold_whole_groups(tiny_base, tokenizer, tmp_path):
 
     class Spy(RLOOTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
-            seen.append(
-                [
-                    tuple(row[mask.bool()].tolist())
-                    for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-                ]
-            )
+            seen.append([g.prompt_ids for r in inputs.rows for g in r.row.groups for _ in g.continuation_ids])
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    make_trainer(tiny_base, tokenizer, tmp_path, trainer=Spy, per_device_train_batch_size=8).train()
-    assert len(seen) == 4
-    for prompts in seen:
-        assert len(set(prompts[:4])) == 1
-        assert len(set(prompts[4:])) == 1
-        assert prompts[0] != prompts[4]
+    changes = {"per_device_train_batch_size": 8, "packed_tokens": 100}
+    make_trainer(tiny_base, tokenizer, tmp_path, trainer=Spy, **changes).train()
+    steps = [seen[0] + seen[1], seen[2] + seen[3]]
+    for prompts in steps:
+        assert len(prompts) == 16
+        assert all(len(set(prompts[start : start + 4])) == 1 for start in range(0, 16, 4))
+        assert len(set(prompts)) == 4
+    assert seen[0]
+    assert seen[1]
 
 
 def test_another_vocabulary_falls_back_to_trl_with_one_warning(tiny_base, tokenizer, reward_model, tmp_path):
@@ -393,7 +393,7 @@ def test_plain_text_prompts_and_trls_own_config_work(tiny_base, tokenizer, tmp_p
 
 
 def test_a_sequence_beyond_the_reward_models_limit_is_refused(reward_model):
-    scorer = RewardModelScorer(reward_model, batch_size=2, max_length=5)
+    scorer = RewardModelScorer(RewardRole(reward_model), batch_size=2, max_length=5)
     assert len(scorer(prompt_ids=[[5, 6]], completion_ids=[[7, 8, 9]])) == 1
     with pytest.raises(ValueError, match="have 6 tokens together, the reward model was trained on at most 5"):
         scorer(prompt_ids=[[5, 6]], completion_ids=[[7, 8, 9, 10]])

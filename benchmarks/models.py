@@ -1,0 +1,164 @@
+"""The models that are measured, their tokenizer and adapter, and how many floating-point operations they need.
+
+The policy is a Qwen3 of the given shape with random weights, the reward model one of the same shape with a scalar head.
+The end-of-sequence id lies just outside the model's vocabulary, so it is never sampled: every completion has exactly
+the length asked for, on both sides.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
+
+PAD_ID, UNKNOWN_ID = 0, 1
+LORA_RANK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a Qwen3. The defaults are the 30-million-parameter model of the benchmarks (34 with the scalar head)."""
+
+    hidden: int = 512
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    intermediate: int = 1536
+    vocabulary: int = 16_384
+    tied: bool = False
+
+    def linears(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of the seven linear layers of one decoder layer."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [
+            (self.hidden, queries),
+            (self.hidden, keys),
+            (self.hidden, keys),
+            (queries, self.hidden),
+            (self.hidden, self.intermediate),
+            (self.hidden, self.intermediate),
+            (self.intermediate, self.hidden),
+        ]
+
+    def body_parameters(self) -> int:
+        """Weights of all linear layers of the body, without embeddings, norms and adapters."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears())
+
+    def lora_parameters(self, rank: int = LORA_RANK) -> int:
+        """Weights of LoRA on all linear layers of the body."""
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linears())
+
+
+TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocabulary=512)
+STANDARD = Shape()
+REAL_VOCABULARY = Shape(vocabulary=151_936, tied=True)
+QWEN3_8B = Shape(4096, 36, 32, 8, 128, 12_288, 151_936)
+
+
+def make_config(shape: Shape, *, labels: int | None = None) -> Qwen3Config:
+    """The configuration of a shape; with `labels`, of a sequence-classification model."""
+    extra = {} if labels is None else {"num_labels": labels}
+    return Qwen3Config(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=8192,
+        pad_token_id=PAD_ID,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+        **extra,
+    )
+
+
+def make_policy(shape: Shape, dtype: torch.dtype, seed: int) -> Qwen3ForCausalLM:
+    """A policy with random weights, the same for the same seed."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(make_config(shape)).to(dtype)
+
+
+def make_reward_model(shape: Shape, dtype: torch.dtype, seed: int) -> Qwen3ForSequenceClassification:
+    """A reward model with random weights, the same for the same seed."""
+    torch.manual_seed(seed)
+    return Qwen3ForSequenceClassification(make_config(shape, labels=1)).to(dtype)
+
+
+def make_lora(task_type: str) -> LoraConfig:
+    """LoRA of rank 16 on all linear layers, without dropout."""
+    return LoraConfig(
+        r=LORA_RANK, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type=task_type, bias="none"
+    )
+
+
+def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    """One word an id: "t2", "t3", … No special token is a prefix of a word, or the tokenizer would cut words there."""
+    words = {"<pad>": PAD_ID, "<unk>": UNKNOWN_ID} | {f"t{i}": i for i in range(2, shape.vocabulary)}
+    words["<eos>"] = shape.vocabulary
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def as_text(ids: Iterable[int]) -> str:
+    """The string that the tokenizer turns into these ids; it ends with a space, so that text can be put behind it."""
+    return "".join(f"t{i} " for i in ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a pass has to compute: tokens that go through the body, and pairs of query and key that attention needs.
+
+    >>> Work.of_group(3, [2]) + Work.of_group(1, [1, 1])
+    Work(tokens=8, attended=20)
+    """
+
+    tokens: int = 0
+    attended: int = 0
+
+    @classmethod
+    def of_group(cls, prompt: int, continuations: Sequence[int]) -> "Work":
+        """A prompt, computed once, and continuations that each see it and themselves."""
+        attended = _triangle(prompt) + sum(prompt * length + _triangle(length) for length in continuations)
+        return cls(prompt + sum(continuations), attended)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.tokens + other.tokens, self.attended + other.attended)
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def forward_flops(shape: Shape, work: Work) -> int:
+    """Multiplications and additions of the body with LoRA: linear layers, adapters, scores and mixing of values."""
+    linear = 2 * (shape.body_parameters() + shape.lora_parameters())
+    return linear * work.tokens + _attention_flops(shape, work)
+
+
+def backward_flops(shape: Shape, work: Work) -> int:
+    """Backward of a frozen body: gradients of its inputs, gradients of inputs and weights of LoRA, and of attention."""
+    linear = 2 * (shape.body_parameters() + 2 * shape.lora_parameters())
+    return linear * work.tokens + 2 * _attention_flops(shape, work)
+
+
+def head_flops(shape: Shape, tokens: int) -> int:
+    """The vocabulary head on so many tokens; the gradient of its input, with a frozen head, costs the same again."""
+    return 2 * shape.hidden * shape.vocabulary * tokens
+
+
+def _attention_flops(shape: Shape, work: Work) -> int:
+    return 4 * shape.layers * shape.heads * shape.head_dim * work.attended

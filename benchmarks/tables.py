@@ -1,0 +1,155 @@
+"""The tables of docs/performance.md from the JSON lines of a run.
+
+    python -m benchmarks --output results.jsonl
+    python -m benchmarks.tables results.jsonl docs/performance.md
+
+A table stands between `<!-- benchmarks: NAME -->` and `<!-- end -->`, where NAME is the part of the rows' names before
+the slash; what stood there before is replaced. Without a document, the tables are printed. Where a row was measured
+more than once, the last one counts; rows of `--quick` are left out.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+MARKED = re.compile(r"(<!-- benchmarks: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _number(key: str, unit: float = 1.0, digits: int = 2, suffix: str = "") -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = row.get(key)
+        return "–" if value is None else f"{value / unit:,.{digits}f}{suffix}"
+
+    return text
+
+
+def _percent(key: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = row.get(key)
+        return "–" if value is None else f"{value:.1%}".replace("%", " %")
+
+    return text
+
+
+def _range(row: Row) -> str:
+    return f"{min(row['pair_ratios']):.2f}–{max(row['pair_ratios']):.2f}"
+
+
+def _phases(row: Row) -> str:
+    return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in sorted(row["phase_seconds_ours"].items()))
+
+
+def _short_name(row: Row) -> str:
+    return row["name"].split("/", 1)[1]
+
+
+_NAME: Column = ("", _short_name)
+_TIMES: list[Column] = [
+    ("ours, s", _number("ours")),
+    ("TRL, s", _number("trl")),
+    ("ratio", _number("ratio", suffix="×")),
+    ("ratio by pair", _range),
+]
+_MEMORY: list[Column] = [
+    ("peak ours, GiB", _number("peak_bytes_ours", 2**30)),
+    ("peak TRL, GiB", _number("peak_bytes_trl", 2**30)),
+]
+_WORK: list[Column] = [
+    ("tokens ours", _number("tokens_ours", digits=0)),
+    ("tokens TRL", _number("tokens_trl", digits=0)),
+    ("of GEMM rate", _percent("flops_fraction_of_gemm_peak")),
+    ("with recomputation", _percent("flops_fraction_with_recomputation")),
+]
+_COMPARISON: list[Column] = [_NAME, *_TIMES, *_MEMORY, *_WORK]
+COLUMNS: dict[str, list[Column]] = {
+    "reward_training": _COMPARISON,
+    "rloo_step": [*_COMPARISON, ("sampling over floor", _number("sampling_over_floor", suffix="×"))],
+    "growth-k": _COMPARISON,
+    "growth-prompt": _COMPARISON,
+    "growth-groups": _COMPARISON,
+    "vocabulary": [
+        _NAME,
+        *_MEMORY,
+        ("peak of the body alone, GiB", _number("peak_bytes_body", 2**30)),
+        ("growth beyond it, ours", _percent("growth_beyond_body_ours")),
+        ("growth beyond it, TRL", _percent("growth_beyond_body_trl")),
+    ],
+    "qwen3_8b": [
+        _NAME,
+        ("seconds", _number("ours", digits=1)),
+        ("peak, GiB", _number("peak_bytes_ours", 2**30)),
+        ("TRL needs at the least (computed), GiB", _number("peak_bytes_trl", 2**30)),
+        ("seconds by phase", _phases),
+    ],
+}
+
+
+def read_rows(lines: Iterable[str]) -> dict[str, list[Row]]:
+    """Rows by benchmark, in the order in which their names came first."""
+    newest: dict[str, Row] = {}
+    for line in lines:
+        row = json.loads(line)
+        if not row["quick"]:
+            newest[row["name"]] = row
+    found: dict[str, list[Row]] = {}
+    for name, row in newest.items():
+        found.setdefault(name.split("/", 1)[0], []).append(row)
+    return found
+
+
+def table(benchmark: str, rows: Sequence[Row]) -> str:
+    """A markdown table of one benchmark, with a line about the circumstances."""
+    columns = COLUMNS[benchmark]
+    lines = ["| " + " | ".join(title for title, _ in columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
+    return "\n".join([*lines, "", _circumstances(rows)]) + "\n"
+
+
+def _circumstances(rows: Sequence[Row]) -> str:
+    threads = sorted({row["threads"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
+    text = f"Threads {', '.join(map(str, threads))}; seed {', '.join(map(str, seeds))}; {versions}"
+    rates = [rate / 1e9 for row in rows for rate in row.get("gemm_flops_range", [])]
+    return f"{text}; GEMM {min(rates):.0f}–{max(rates):.0f} GFLOP/s." if rates else f"{text}."
+
+
+def fill(document: str, rows: dict[str, list[Row]]) -> str:
+    """The document with the table of every benchmark that was measured between its markers.
+
+    Raises:
+        ValueError: a benchmark has no markers in the document, or markers name none.
+    """
+    marked = {match["name"] for match in MARKED.finditer(document)}
+    if unknown := marked - set(COLUMNS):
+        raise ValueError(f"The document has markers of unknown benchmarks: {sorted(unknown)}.")
+    if missing := set(rows) - marked:
+        raise ValueError(f"The document has no markers for {sorted(missing)}.")
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match["name"]
+        return match[1] + table(name, rows[name]) + match[3] if name in rows else match[0]
+
+    return MARKED.sub(replaced, document)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fill a document, or print the tables."""
+    parser = argparse.ArgumentParser(description="Markdown tables from the JSON lines of benchmarks")
+    parser.add_argument("results", type=Path, help="file with one JSON line a row")
+    parser.add_argument("document", type=Path, nargs="?", help="document whose tables are replaced")
+    given = parser.parse_args(argv)
+    rows = read_rows(given.results.read_text(encoding="utf-8").splitlines())
+    if given.document is None:
+        print("\n".join(f"## {name}\n\n{table(name, found)}" for name, found in rows.items()))
+        return
+    given.document.write_text(fill(given.document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

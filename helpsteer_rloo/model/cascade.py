@@ -1,0 +1,204 @@
+"""Decoding with shared prompts: a prompt's keys and values are computed once and never copied to its samples.
+
+Both passes run transformers' own modules. They reach the caches as the keyword `cascade`, which the attention function
+of `helpsteer_rloo.model.attention` turns to: `Prefill` while prompts are read, `Decode` while tokens are added.
+
+Tensor axes as in `helpsteer_rloo.groups`. Besides, R are the rows that are decoded together, G their prompts, S a
+prompt's places among rows (the most rows that a prompt has), H the key heads, Q the query heads of a key head, E the
+head size, and T in a cache its tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.attention import shared_prefix_attention
+from helpsteer_rloo.packing import PackedRow, Span, pack
+
+ROW_TOKENS = 2048
+"""Tokens of prompts that are read in one pass (a longer prompt alone); larger buffers only cost page faults."""
+FIRST_TOKENS = 128
+"""Tokens that a row's own cache has room for at first; it is doubled when it is full."""
+
+
+class Prefill:
+    """Attention over packed prompts, which keeps their keys and values, each padded to the longest of all.
+
+    Args:
+        lengths: Tokens of every prompt of the batch; `spans` says which of them are in the row at hand.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+        self._first, self._spans = 0, tuple[Span, ...]()
+        self.caches: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def read(self, first: int, spans: tuple[Span, ...]) -> None:
+        """Take the next row: prompts `first` and following, lying at `spans`."""
+        self._first, self._spans = first, spans
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attention of every prompt to itself, `[1, T, heads, head size]`."""
+        index = cast(int, module.layer_idx)
+        if index not in self.caches:
+            shape = (len(self.lengths), key.shape[1], max(self.lengths), key.shape[3])
+            self.caches[index] = key.new_zeros(shape), value.new_zeros(shape)
+        for number, span in enumerate(self._spans, self._first):
+            for cache, new in zip(self.caches[index], (key, value), strict=True):
+                cache[number, :, : span.prompt] = new[0, :, span.start : span.end]
+        return shared_prefix_attention(module, query, key, value, None, spans=self._spans, scaling=scaling)[0]
+
+
+def read_prompts(body: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Prefill, Tensor]:
+    """Compute prompts, side by side and without padding.
+
+    Returns:
+        Their keys and values, and the hidden state of every prompt's last token, `[G, D]`.
+    """
+    groups = [TokenGroup((), tuple(prompt), ()) for prompt in prompts]
+    prefill = Prefill([len(prompt) for prompt in prompts])
+    hidden: list[Tensor] = []
+    for indices in pack(groups, tokens=ROW_TOKENS):
+        row = PackedRow(tuple(groups[i] for i in indices))
+        prefill.read(indices[0], row.spans)
+        ids, positions = torch.tensor([[row.input_ids], [row.position_ids]], device=device)
+        hidden_TD = body(input_ids=ids, position_ids=positions, use_cache=False, cascade=prefill).last_hidden_state[0]
+        hidden.append(hidden_TD[[span.end - 1 for span in row.spans]])
+    return prefill, torch.cat(hidden)
+
+
+class Decode:
+    """Attention of one new token a row to the row's prompt and to the tokens drawn since, in one softmax.
+
+    The rows of a prompt stand next to each other. Their queries meet the prompt's keys in one product, so that these
+    are read once a step and not once a row.
+
+    Args:
+        prefill: The prompts' keys and values, which are taken over.
+        groups: Index of the prompt of each row, ascending.
+        most: Most tokens that a row will add.
+    """
+
+    def __init__(self, prefill: Prefill, groups: Sequence[int], most: int) -> None:
+        self._prompts = prefill.caches
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._most = most
+        self._step = -1
+        self._lengths, self._groups = list(prefill.lengths), list(groups)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Index the rows by prompt; `fill` is for prompts with fewer rows than others, where a row stands in twice."""
+        device = next(iter(self._prompts.values()))[0].device
+        counts = [self._groups.count(group) for group in range(len(self._lengths))]
+        places = max(counts)
+        starts = [sum(counts[:group]) for group in range(len(counts))]
+        fill = [start + min(place, n - 1) for start, n in zip(starts, counts, strict=True) for place in range(places)]
+        slots = [group * places + row - starts[group] for row, group in enumerate(self._groups)]
+        rectangular = len(slots) == len(fill)
+        self._shape = (len(counts), places)
+        self._fill = None if rectangular else torch.tensor(fill, device=device)
+        self._slots = None if rectangular else torch.tensor(slots, device=device)
+        self._lengths_R1 = torch.tensor([[self._lengths[group]] for group in self._groups], device=device)
+        self._bias_X1T = self._bias(device)
+
+    def _bias(self, device: torch.device) -> Tensor | None:
+        """What is added to scores of prompts, `[G·H, 1, T]`: -inf behind a prompt's end; None where all end alike."""
+        longest = max(self._lengths)
+        if min(self._lengths) == longest:
+            return None
+        keys_GHTE, _ = next(iter(self._prompts.values()))
+        ends_GH11 = torch.tensor(self._lengths, device=device).view(-1, 1, 1, 1).expand(-1, keys_GHTE.shape[1], -1, -1)
+        behind = torch.arange(longest, device=device) >= ends_GH11.flatten(0, 1)
+        return torch.zeros(behind.shape, dtype=keys_GHTE.dtype, device=device).masked_fill_(behind, -torch.inf)
+
+    def advance(self) -> Tensor:
+        """Go on to the next token; returns its positions `[R, 1]`."""
+        self._step += 1
+        return self._lengths_R1 + self._step
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let all rows but these leave, and with them the prompts that have none left."""
+        device = self._lengths_R1.device
+        chosen = torch.tensor(rows, device=device)
+        groups = [self._groups[row] for row in rows]
+        left = sorted(set(groups))
+        for index, caches in self._own.items():
+            self._own[index] = cast(Any, tuple(cache.index_select(0, chosen) for cache in caches))
+        if len(left) < len(self._lengths):
+            self._lengths = [self._lengths[group] for group in left]
+            longest, kept = max(self._lengths), torch.tensor(left, device=device)
+            for index, caches in self._prompts.items():
+                trimmed = (cache[:, :, :longest].index_select(0, kept) for cache in caches)
+                self._prompts[index] = cast(Any, tuple(trimmed))
+        self._groups = [left.index(group) for group in groups]
+        self._arrange()
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Add the new token's key and value to the caches, and attend.
+
+        Args:
+            module: The attention layer that calls.
+            query: `[R, heads, 1, head size]`.
+            key: `[R, key heads, 1, head size]`.
+            value: As `key`.
+            scaling: Factor of the scores; without it, `head size ** -0.5`.
+
+        Returns:
+            `[R, 1, heads, head size]`.
+        """
+        index = cast(int, module.layer_idx)
+        keys_RHTE, values_RHTE = self._append(index, key, value)
+        prompt_keys, prompt_values = (cache.flatten(0, 1) for cache in self._prompts[index])
+        rows, heads, _, size = query.shape
+        key_heads = key.shape[1]
+        scale = size**-0.5 if scaling is None else scaling
+        queries_RHQE = (query * scale).reshape(rows, key_heads, -1, size)
+        shared = self._by_prompt(queries_RHQE) @ prompt_keys.transpose(1, 2)
+        if self._bias_X1T is not None:
+            shared += self._bias_X1T
+        own = queries_RHQE @ keys_RHTE.transpose(2, 3)
+        scores = torch.cat([self._by_row(shared, key_heads), own], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+        on_prompt, on_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+        output = self._by_row(self._by_prompt(on_prompt) @ prompt_values, key_heads) + on_own @ values_RHTE
+        return output.reshape(rows, 1, heads, size)
+
+    def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if index not in self._own:
+            room = min(self._most, FIRST_TOKENS)
+            self._own[index] = cast(Any, tuple(_room(new, room) for new in (key, value)))
+        elif self._step == self._own[index][0].shape[2]:
+            room = min(self._most, 2 * self._step)
+            self._own[index] = cast(Any, tuple(_grown(cache, room) for cache in self._own[index]))
+        keys, values = self._own[index]
+        keys[:, :, self._step], values[:, :, self._step] = key[:, :, 0], value[:, :, 0]
+        return keys[:, :, : self._step + 1], values[:, :, : self._step + 1]
+
+    def _by_prompt(self, x_RHQX: Tensor) -> Tensor:
+        """What belongs to rows, side by side for each prompt: `[R, H, Q, X]` to `[G·H, S·Q, X]`."""
+        if self._fill is not None:
+            x_RHQX = x_RHQX.index_select(0, self._fill)
+        groups, places = self._shape
+        _, heads, _, size = x_RHQX.shape
+        return x_RHQX.view(groups, places, heads, -1, size).transpose(1, 2).reshape(groups * heads, -1, size)
+
+    def _by_row(self, x: Tensor, heads: int) -> Tensor:
+        """The way back from `_by_prompt`."""
+        groups, places = self._shape
+        x_RHQX = x.view(groups, heads, places, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+        return x_RHQX if self._slots is None else x_RHQX.index_select(0, self._slots)
+
+
+def _room(new: Tensor, tokens: int) -> Tensor:
+    rows, heads, _, size = new.shape
+    return new.new_empty(rows, heads, tokens, size)
+
+
+def _grown(cache: Tensor, tokens: int) -> Tensor:
+    grown = _room(cache, tokens)
+    grown[:, :, : cache.shape[2]] = cache
+    return grown

@@ -1,0 +1,111 @@
+"""The vocabulary head on chosen positions: log-probabilities and entropies in chunks, never `[tokens, V]` at once."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256
+"""Tokens whose logits exist at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProbs:
+    """Log-probabilities of given tokens, in nats, and entropies of the distributions they come from; `[C]` each.
+
+    Entropies carry no gradient.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor
+
+
+def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, temperature: float = 1.0) -> TokenLogProbs:
+    """Log-probability of each target under softmax(head(hidden) / temperature), in float32 at least.
+
+    Memory beyond inputs and outputs is that of `CHUNK` rows of logits, whatever C. A plain frozen head multiplies twice
+    with its weights for value and gradient together: its gradient is computed along with the value, as long as the
+    logits exist. Any other head is run again in the backward pass.
+
+    Args:
+        hidden_CD: Final hidden states that predict the targets.
+        head: Output embeddings: any module from `[C, D]` to `[C, V]`.
+        targets_C: Ids of the tokens predicted.
+        temperature: Divides the logits.
+    """
+    if len(targets_C) == 0:
+        empty = hidden_CD.sum() * hidden_CD.new_zeros(0)
+        return TokenLogProbs(empty, empty.detach())
+    if _is_plain(head):
+        weight = cast(Tensor, head.weight)
+        values, entropies = _FrozenHead.apply(hidden_CD.to(weight.dtype), weight, targets_C, temperature)
+        return TokenLogProbs(values, entropies)
+    parts = [
+        checkpoint(_chunk_log_probs, part_CD, head, part_C, temperature, use_reentrant=False)
+        for part_CD, part_C in zip(hidden_CD.split(CHUNK), targets_C.split(CHUNK), strict=True)
+    ]
+    return TokenLogProbs(torch.cat([values for values, _ in parts]), torch.cat([entropies for _, entropies in parts]))
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head is nothing but a frozen matrix, or no gradient is asked for."""
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    return not (head.weight.requires_grad and torch.is_grad_enabled())
+
+
+def _chunk_log_probs(
+    hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits_CV = at_least_float32(head(hidden_CD)) / temperature
+    log_probs_CV = logits_CV.log_softmax(-1)
+    with torch.no_grad():
+        entropies_C = -(log_probs_CV.exp() * log_probs_CV).sum(-1)
+    return log_probs_CV.gather(-1, targets_C[:, None])[:, 0], entropies_C
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor in float32, unless it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Value, entropy and gradient for hidden states h under a frozen head W, with p = softmax(hW'/t).
+
+    log p(y) = z_y - logsumexp(z) with z = hW'/t;  d log p(y) / dh = (W_y - p W) / t;  H = logsumexp(z) - p . z
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, temperature: float) -> Any:
+        wide = torch.float64 if hidden_CD.dtype == torch.float64 else torch.float32
+        values_C = hidden_CD.new_empty(len(hidden_CD), dtype=wide)
+        entropies_C = torch.empty_like(values_C)
+        gradient_CD = torch.empty_like(hidden_CD) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden_CD), CHUNK):
+            part = slice(start, start + CHUNK)
+            targets_C1 = targets_C[part, None]
+            z_CV = at_least_float32(hidden_CD[part] @ weight_VD.T)
+            if temperature != 1.0:
+                z_CV = z_CV / temperature
+            peak_C1 = z_CV.amax(-1, keepdim=True)
+            z_CV -= peak_C1
+            chosen_C1 = z_CV.gather(-1, targets_C1)
+            p_CV = z_CV.exp()
+            total_C1 = p_CV.sum(-1, keepdim=True)
+            log_total_C1 = total_C1.log()
+            values_C[part] = (chosen_C1 - log_total_C1)[:, 0]
+            entropies_C[part] = log_total_C1[:, 0] - torch.linalg.vecdot(p_CV, z_CV) / total_C1[:, 0]
+            if gradient_CD is not None:
+                p_CV /= -total_C1 * temperature
+                p_CV.scatter_add_(-1, targets_C1, torch.full_like(chosen_C1, 1 / temperature))
+                gradient_CD[part] = p_CV.to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(gradient_CD)
+        ctx.mark_non_differentiable(entropies_C)
+        return values_C, entropies_C
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient_CD,) = ctx.saved_tensors
+        return gradient_CD * gradients[0].to(gradient_CD.dtype)[:, None], None, None, None

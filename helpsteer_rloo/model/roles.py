@@ -1,0 +1,158 @@
+"""One frozen base in three roles: policy, reference and reward model are the same weights with other adapters.
+
+Policy: the adapter that is trained. Reference: adapters off (or a frozen copy of the adapter that training started
+from). Reward model: the adapter `REWARD_ADAPTER` and a scalar head beside the model. Where nothing can be shared, each
+role is a model of its own behind the same interface.
+"""
+
+import copy
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.forward import base_model, score_groups
+from helpsteer_rloo.model.loading import Base, load_reward_model, read_reward_record
+
+REWARD_ADAPTER = "reward"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_HEAD_WEIGHT = "base_model.model.score.weight"
+_HEADS = {"classifier", "score"}  # what PEFT saves in full under the task type SEQ_CLS, if the model has it
+
+
+@contextmanager
+def acting_as(model: PeftModel, adapter: str | None) -> Generator[None]:
+    """Run a model with another adapter, or with none, for inference: in evaluation mode, so without dropout.
+
+    On leaving, also by an exception, the adapters that were active are active again, every module is in the mode it
+    was in, and every parameter is trainable or frozen as it was.
+
+    Args:
+        model: With at least the adapter named.
+        adapter: Its name; None for the bare base.
+    """
+    active = list(model.active_adapters)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        if adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter, inference_mode=True)
+            yield
+    finally:
+        model.set_adapter(cast(Any, active[0] if len(active) == 1 else active))
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class RewardRole:
+    """What scores: a sequence classifier of its own, or a `head` and an `adapter` on a base with other roles too."""
+
+    model: nn.Module
+    head: nn.Module | None = None
+    adapter: str | None = None
+
+    def score(self, groups: Sequence[TokenGroup], batch_size: int) -> list[list[float]]:
+        """Score every continuation, `batch_size` of them in a pass; one list a group."""
+        if self.adapter is None:
+            return score_groups(self.model, groups, batch_size)
+        with acting_as(cast(PeftModel, self.model), self.adapter):
+            return score_groups(self.model, groups, batch_size, head=self.head)
+
+
+def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:
+    """Whether a trained reward model is an adapter for the very base that a policy's adapter stands on.
+
+    Args:
+        policy: The policy, LoRA or not.
+        base: Where the policy's base came from, and how its weights are held.
+        directory: Of the reward model.
+    """
+    record = read_reward_record(directory)
+    if not isinstance(policy, PeftModel) or not record["adapter"] or Base(**record["base"]) != base:
+        return False
+    config = PeftConfig.from_pretrained(str(directory))
+    return isinstance(config, LoraConfig) and config.bias == "none" and set(config.modules_to_save or ()) <= _HEADS
+
+
+def load_shared_reward(policy: PeftModel, directory: str | Path) -> RewardRole:
+    """Put a trained reward model's adapter on the policy's base, frozen, next to the policy's own.
+
+    Raises:
+        ValueError: its weights do not fit the base.
+    """
+    directory = Path(directory)
+    state = load_file(directory / _ADAPTER_WEIGHTS)
+    if _HEAD_WEIGHT not in state:
+        raise ValueError(f"{directory / _ADAPTER_WEIGHTS}: the scalar head ({_HEAD_WEIGHT}) is missing.")
+    head_weight = state.pop(_HEAD_WEIGHT)
+    config = copy.copy(PeftConfig.from_pretrained(str(directory)))
+    config.task_type, config.inference_mode = None, True
+    cast(Any, config).modules_to_save = None
+    with _flags_kept(policy):
+        policy.add_adapter(REWARD_ADAPTER, config)
+    _check_fit(policy, state, directory)
+    set_peft_model_state_dict(policy, state, adapter_name=REWARD_ADAPTER)
+    device = next(base_model(policy).parameters()).device
+    head = nn.Linear(head_weight.shape[1], 1, bias=False, device=device, dtype=head_weight.dtype)
+    with torch.no_grad():
+        head.weight.copy_(head_weight)
+    return RewardRole(policy, head.requires_grad_(False), REWARD_ADAPTER)
+
+
+def load_own_reward(directory: str | Path) -> RewardRole:
+    """Load a trained reward model as a model of its own."""
+    return RewardRole(load_reward_model(directory)[0])
+
+
+@contextmanager
+def without_reward(model: nn.Module) -> Generator[None]:
+    """Let a model save every adapter but the reward model's, so that a checkpoint of the policy holds it alone."""
+    if not isinstance(model, PeftModel) or REWARD_ADAPTER not in model.peft_config:
+        yield
+        return
+    saved = [name for name in model.peft_config if name != REWARD_ADAPTER]
+    instance = cast(Any, model)  # a trainer calls its `save_pretrained` without a choice of adapters
+    instance.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=saved)
+    try:
+        yield
+    finally:
+        del instance.save_pretrained
+
+
+@contextmanager
+def _flags_kept(model: nn.Module) -> Generator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def _check_fit(policy: PeftModel, state: Mapping[str, Tensor], directory: Path) -> None:
+    mark = f".{REWARD_ADAPTER}."
+    expected = {
+        name.replace(mark, "."): tuple(parameter.shape) for name, parameter in policy.named_parameters() if mark in name
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"{directory / _ADAPTER_WEIGHTS}: {len(wrong)} of the adapter's tensors do not fit the base, the first is "
+            f"{wrong[0]} (base: {expected.get(wrong[0])}, file: {found.get(wrong[0])})."
+        )

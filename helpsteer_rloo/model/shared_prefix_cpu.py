@@ -1,0 +1,326 @@
+"""Shared-prefix attention on the CPU: unmasked blocks only, merged by their log-sum-exps.
+
+A continuation attends to its prompt and to itself. The two softmaxes are computed apart, so that no prompt is copied
+for its continuations and no mask is needed, and merged exactly: with outputs `o` and log-sum-exps `l` of the scores,
+
+    lse = logaddexp(l_own, l_other),    out = o_own + sigmoid(l_other - l_own) · (o_other - o_own)
+
+(how FlashAttention merges blocks, Dao et al. 2022, arXiv 2205.14135). The gradients of a block follow from the merged
+`out` and `lse` alone, so the backward of each block is the kernel's own.
+
+The kernels are those behind `scaled_dot_product_attention` on the CPU. They compute the masked half of causal
+attention up to 512 keys as well, so that longer ranges are cut here. Half precision is computed in float32: where the
+processor has no matrix unit for it, the kernels gain nothing by it in long ranges, lose much in short ones, and sum the
+gradients of keys in it.
+
+Further axes, beside those of `helpsteer_rloo.groups`: n ranges of a batch, L tokens of the longest of them, H heads of
+the query or, in keys and values, their fewer heads, E head size.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from helpsteer_rloo.packing import Span
+
+CALL_COST = 2048
+"""What one more kernel call costs, in pairs of a query and a key; padding below it is the cheaper choice."""
+
+PIECE = 256
+"""Longest range that attends to itself in one piece."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def supported() -> bool:
+    """Whether the kernels of this torch group query heads; older ones would read beyond the keys."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
+    """Attention over one packed row: each prompt causal, each continuation to its prompt and causally to itself.
+
+    Args:
+        query: `[1, heads, T, E]`, in any memory layout.
+        key: `[1, key heads, T, E]`, of the same dtype; neighbouring query heads share a key head.
+        value: As `key`.
+        spans: Where the groups lie; side by side, over the whole row.
+        scaling: Factor of the scores; without it, `E ** -0.5`.
+
+    Returns:
+        `[1, heads, T, E]`, a view of a contiguous `[T, heads, E]`.
+
+    Raises:
+        ValueError: the spans do not cover the row.
+    """
+    plan = plan_row(tuple(spans))
+    if plan.tokens != query.shape[2]:
+        raise ValueError(f"The spans cover {plan.tokens} tokens of a row of {query.shape[2]}.")
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Attend.apply(query, key, value, plan, scaling)
+    return _forward(query, key, value, plan, scaling)[0]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ranges:
+    """Ranges of tokens that go through a kernel as one batch, the shorter ones padded on the right.
+
+    Padding needs no mask: under causal attention no real query sees it, and as a query it is left unread. Ranges of
+    one length at even distances are strided views of the row (`gathered` is none); others are gathered.
+
+    Attributes:
+        start: First token of the first range.
+        stop: One past the last token of the last range.
+        step: From the start of one range to that of the next.
+        length: Tokens of the longest range, L.
+        gathered: `[n·L]`, token of each slot; padding repeats its range's last token.
+        real: Slots that are not padding; none if all are real.
+        written: Token of each real slot.
+        padding: Slots that are padding.
+    """
+
+    start: int
+    stop: int
+    step: int
+    length: int
+    gathered: Tensor | None = None
+    written: Tensor | None = None
+    real: Tensor | None = None
+    padding: Tensor | None = None
+
+    def take(self, row_THE: Tensor) -> Tensor:
+        """The ranges' part of a row, `[n, H, L, E]`; a view where it can be one."""
+        if self.gathered is None:
+            return row_THE[self.start : self.stop].unfold(0, self.length, self.step).transpose(-1, -2)
+        return row_THE.index_select(0, self.gathered).unflatten(0, (-1, self.length)).transpose(1, 2)
+
+    def take_gradient(self, row_THE: Tensor) -> Tensor:
+        """As `take`, with zeros in the padding, which then adds nothing to the gradients of real keys."""
+        taken = self.take(row_THE)
+        if self.padding is not None:
+            taken.transpose(1, 2).flatten(0, 1).index_fill_(0, self.padding, 0)
+        return taken
+
+    def put(self, row_THE: Tensor, values_nHLE: Tensor) -> None:
+        """Write the ranges' part of a row."""
+        if self.written is None:
+            self.take(row_THE).copy_(values_nHLE)
+        else:
+            row_THE.index_copy_(0, self.written, self._real(values_nHLE))
+
+    def add(self, row_THE: Tensor, values_nHLE: Tensor) -> None:
+        """Add to the ranges' part of a row."""
+        if self.written is None:
+            self.take(row_THE).add_(values_nHLE)
+        else:
+            row_THE.index_add_(0, self.written, self._real(values_nHLE))
+
+    def _real(self, values_nHLE: Tensor) -> Tensor:
+        slots = values_nHLE.transpose(1, 2).flatten(0, 1)
+        return slots if self.real is None else slots.index_select(0, self.real)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """The kernel calls of a row; they depend on its spans only, so that all layers and passes share them.
+
+    Attributes:
+        tokens: T.
+        causal: Ranges that attend to themselves; together, all tokens.
+        across: Queries, and the keys before them that they all see; the ranges of keys of a batch have one length.
+    """
+
+    tokens: int
+    causal: tuple[Ranges, ...]
+    across: tuple[tuple[Ranges, Ranges], ...]
+
+
+Block = tuple[int, int, int]
+"""First query, number of queries, and first key of an unmasked block."""
+
+
+@lru_cache(maxsize=64)
+def plan_row(spans: tuple[Span, ...]) -> Plan:
+    """Which kernel calls a row takes.
+
+    Raises:
+        ValueError: the spans do not lie side by side from the row's first token on.
+    """
+    ends = [0, *(span.end for span in spans)]
+    if any(span.start != end for span, end in zip(spans, ends, strict=False)):
+        raise ValueError(f"The spans of a row lie side by side; these do not: {spans}.")
+    causal: list[tuple[int, int]] = []
+    # A batch writes each token once, so that prompts and pieces, which may meet the same queries, stay apart.
+    across: defaultdict[tuple[str, int], list[Block]] = defaultdict(list)
+    for span in spans:
+        first = span.start + span.prompt
+        if span.prompt and span.end > first:
+            across["prompt", span.prompt].append((first, span.end - first, span.start))
+        continuations = zip(span.continuation_starts(), span.continuations, strict=True)
+        for start, length in [(span.start, span.prompt), *continuations]:
+            pieces, blocks = split_causal(start, length)
+            causal += pieces
+            for block in blocks:
+                across["piece", block[0] - block[2]].append(block)
+    batches: list[tuple[Ranges, Ranges]] = []
+    for (_, keys), blocks in across.items():
+        key_starts = {start: key_start for start, _, key_start in blocks}
+        for batch in batch_ranges([(start, length) for start, length, _ in blocks], keys):
+            batches.append((_ranges(batch), _ranges([(key_starts[start], keys) for start, _ in batch])))
+    return Plan(ends[-1], tuple(map(_ranges, batch_ranges(causal))), tuple(batches))
+
+
+def split_causal(start: int, length: int) -> tuple[list[tuple[int, int]], list[Block]]:
+    """Cut a range that attends to itself into pieces that do, and unmasked blocks between them.
+
+    The numbers of keys of the blocks are `PIECE` times a power of two, so that blocks of several ranges match.
+
+    Returns:
+        First token and length of each piece, and the blocks, whose keys end where their queries begin.
+
+    >>> split_causal(0, 9)
+    ([(0, 9)], [])
+    >>> split_causal(0, 600)
+    ([(0, 256), (256, 256), (512, 88)], [(512, 88, 0), (256, 256, 0)])
+    """
+    if length <= PIECE:
+        return ([(start, length)] if length else []), []
+    keys = PIECE
+    while 2 * keys < length:
+        keys *= 2
+    middle, queries = start + keys, length - keys
+    (left, left_blocks), (right, right_blocks) = split_causal(start, keys), split_causal(middle, queries)
+    return left + right, [(middle, queries, start), *left_blocks, *right_blocks]
+
+
+def batch_ranges(ranges: Sequence[tuple[int, int]], keys: int | None = None) -> list[list[tuple[int, int]]]:
+    """Split ranges into batches so that calls and padding together cost least.
+
+    Args:
+        ranges: First token and length of each.
+        keys: Keys that each query sees; without it, as many as its range is long.
+
+    Returns:
+        The batches, each in order of position.
+
+    >>> batch_ranges([(0, 30), (30, 8), (38, 9), (47, 200)])
+    [[(0, 30), (30, 8), (38, 9)], [(47, 200)]]
+    """
+    by_length: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for start, length in ranges:
+        by_length[length].append((start, length))
+    lengths = sorted(by_length)
+    best = [(0, 0)]  # of the shortest lengths: their least cost, and where their last batch begins
+    for stop, longest in enumerate(lengths, 1):
+        count, options = 0, list[tuple[int, int]]()
+        for first in reversed(range(stop)):
+            count += len(by_length[lengths[first]])
+            options.append((best[first][0] + CALL_COST + count * longest * (keys or longest), first))
+        best.append(min(options))
+    batches: list[list[tuple[int, int]]] = []
+    stop = len(lengths)
+    while stop:
+        first = best[stop][1]
+        batches.append(sorted(item for length in lengths[first:stop] for item in by_length[length]))
+        stop = first
+    return batches[::-1]
+
+
+def _ranges(batch: Sequence[tuple[int, int]]) -> Ranges:
+    starts, lengths = zip(*batch, strict=True)
+    longest = max(lengths)
+    bounds = starts[0], starts[-1] + lengths[-1]
+    steps = {after - before for before, after in pairwise(starts)} or {longest}
+    if min(lengths) == longest and len(steps) == 1:
+        return Ranges(*bounds, steps.pop(), longest)
+    slots_L = torch.arange(longest)
+    starts_n1, lengths_n1 = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
+    gathered = (starts_n1 + torch.minimum(slots_L, lengths_n1 - 1)).flatten()
+    if min(lengths) == longest:
+        return Ranges(*bounds, longest, longest, gathered, gathered)
+    real_nL = slots_L < lengths_n1
+    real, padding = (mask.flatten().nonzero()[:, 0] for mask in (real_nL, ~real_nL))
+    return Ranges(*bounds, longest, longest, gathered, gathered[real], real, padding)
+
+
+class _Attend(torch.autograd.Function):
+    """`_forward` with a gradient; the row's output and log-sum-exps are all that it keeps beside its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float | None) -> Tensor:
+        out, lse_TH1 = _forward(query, key, value, plan, scaling)
+        ctx.save_for_backward(query, key, value, out, lse_TH1)
+        ctx.plan, ctx.scaling = plan, scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's decorator hides the names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse_TH1 = ctx.saved_tensors
+        saved = _Saved(_row(query), _row(key), _row(value), _row(out), lse_TH1)
+        gradients = _backward(_row(grad_outputs[0]), saved, ctx.plan, ctx.scaling)
+        return *(x.transpose(0, 1)[None].to(query.dtype) for x in gradients), None, None
+
+
+class _Saved(NamedTuple):
+    """What the backward of a block needs; `out` and `lse` are those of the whole softmax."""
+
+    query_THE: Tensor
+    key_THE: Tensor
+    value_THE: Tensor
+    out_THE: Tensor
+    lse_TH1: Tensor
+
+
+def _row(x: Tensor) -> Tensor:
+    """`[1, H, T, E]` as `[T, H, E]`, in the dtype to compute in; the kernels want the last axis dense."""
+    row_THE = x[0].transpose(0, 1)
+    row_THE = row_THE.to(torch.promote_types(x.dtype, torch.float32))
+    return row_THE if row_THE.stride(-1) == 1 else row_THE.contiguous()
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float | None) -> tuple[Tensor, Tensor]:
+    """The output of `attend`, and the log-sum-exps, `[T, H, 1]`, in float32 or better."""
+    query_THE, key_THE, value_THE = _row(query), _row(key), _row(value)
+    out_THE = query_THE.new_empty(query_THE.shape)
+    lse_TH1 = query_THE.new_empty(*query_THE.shape[:2], 1)
+    for own in plan.causal:
+        out, lse = _flash(own.take(query_THE), own.take(key_THE), own.take(value_THE), 0.0, True, scale=scaling)
+        own.put(out_THE, out)
+        own.put(lse_TH1, lse[..., None])
+    for queries, keys in plan.across:
+        out, lse = _flash(queries.take(query_THE), keys.take(key_THE), keys.take(value_THE), scale=scaling)
+        so_far, lse_so_far = queries.take(out_THE), queries.take(lse_TH1)
+        lse = lse[..., None]
+        queries.put(out_THE, torch.lerp(so_far, out, torch.sigmoid(lse - lse_so_far)))
+        queries.put(lse_TH1, torch.logaddexp(lse_so_far, lse))
+    return out_THE.to(query.dtype).transpose(0, 1)[None], lse_TH1
+
+
+def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float | None) -> list[Tensor]:
+    """Gradients of query, key and value, each `[T, H, E]`."""
+    totals = [torch.empty_like(x) for x in saved[:3]]
+    for own in plan.causal:
+        query, key, value, out, lse = (own.take(x) for x in saved)
+        grad = own.take_gradient(grad_THE)
+        parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, True, scale=scaling)
+        for total, part in zip(totals, parts, strict=True):
+            own.put(total, part)
+    for queries, keys in plan.across:
+        key, value = keys.take(saved.key_THE), keys.take(saved.value_THE)
+        query, out, lse = (queries.take(x) for x in (saved.query_THE, saved.out_THE, saved.lse_TH1))
+        grad = queries.take_gradient(grad_THE)
+        parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, False, scale=scaling)
+        for where, total, part in zip((queries, keys, keys), totals, parts, strict=True):
+            where.add(total, part)
+    return totals

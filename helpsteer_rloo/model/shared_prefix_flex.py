@@ -1,0 +1,70 @@
+"""Shared-prefix attention on CUDA: PyTorch's flex attention, which skips the blocks of a row that are masked.
+
+The mask is a function of two tokens' segments, so that nothing of size T·T is kept; flex attention compiles it into its
+kernel (Dong et al. 2024, arXiv 2412.05496).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from helpsteer_rloo.packing import Span
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
+    """Attention over one packed row: each prompt causal, each continuation to its prompt and causally to itself.
+
+    Args:
+        query: `[1, heads, T, head size]`.
+        key: `[1, key heads, T, head size]`, of the same dtype; neighbouring query heads share a key head.
+        value: As `key`.
+        spans: Where the groups lie; side by side, over the whole row.
+        scaling: Factor of the scores; without it, `head size ** -0.5`.
+
+    Returns:
+        `[1, heads, T, head size]`.
+    """
+    attention = _compiled() if query.is_cuda else flex_attention
+    mask = row_mask(tuple(spans), query.device)
+    grouped = query.shape[1] != key.shape[1]
+    return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+@lru_cache(maxsize=16)
+def row_mask(spans: tuple[Span, ...], device: torch.device) -> BlockMask:
+    """Which blocks of a row are masked, for all of its layers; the same in every head."""
+    with torch.inference_mode(False):  # a pass with gradients may find what one without them has built
+        total = spans[-1].end
+        return create_block_mask(mask_function(spans, device), None, None, total, total, device)
+
+
+def mask_function(spans: Sequence[Span], device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`dense_mask` as a function of batch, head, query and key, in the form that flex attention takes."""
+    group_T, continuation_T = segments(spans).to(device)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = continuation_T[query] == continuation_T[key]
+        return (query >= key) & (group_T[query] == group_T[key]) & (own | (continuation_T[key] == 0))
+
+    return visible
+
+
+def segments(spans: Sequence[Span]) -> Tensor:
+    """Group of each token, and its continuation in the group, from 1, with 0 for the prompt; `[2, T]`.
+
+    >>> segments([Span(0, 2, (1, 2)), Span(5, 1, ())]).tolist()
+    [[0, 0, 0, 0, 0, 1], [0, 0, 1, 2, 2, 0]]
+    """
+    lengths = [length for span in spans for length in (span.prompt, *span.continuations)]
+    groups = [group for group, span in enumerate(spans) for _ in range(1 + len(span.continuations))]
+    continuations = [index for span in spans for index in range(1 + len(span.continuations))]
+    return torch.tensor([groups, continuations]).repeat_interleave(torch.tensor(lengths), dim=1)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)

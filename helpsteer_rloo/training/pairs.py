@@ -1,0 +1,160 @@
+"""Preference pairs in packed rows: pairs on the same prompt share it, and responses that they share."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.packing import PackedRow, group_sequences, pack, token_count
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A preference as token ids, prompt and response together; pairs with the same `group` share their prompt."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float | None = None
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A packed row with the places of its pairs among the row's continuations.
+
+    `pair_tokens` counts the tokens of the pairs' sequences one by one, what is shared as often as it stands in one.
+    """
+
+    row: PackedRow
+    chosen: list[int]
+    rejected: list[int]
+    margins: list[float] | None
+    pair_tokens: int
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """The rows of one micro-batch; each pair counts `weight` in its loss."""
+
+    rows: list[PairRow]
+    weight: float
+
+
+def collate_pairs(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Pair]]:
+    """A batch of rows with `chosen_ids`, `rejected_ids` and, if there are any, `margin` and `group`."""
+    return {
+        "pairs": [
+            Pair(tuple(row["chosen_ids"]), tuple(row["rejected_ids"]), row.get("margin"), row.get("group"))
+            for row in examples
+        ]
+    }
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Pairs on one prompt, as their distinct sequences and the places of each pair's two."""
+
+    sequences: dict[tuple[int, ...], int]
+    pairs: list[Pair]
+
+    def joined_by(self, pair: Pair) -> "_Bundle":
+        sequences = dict.fromkeys([*self.sequences, pair.chosen, pair.rejected])
+        return _Bundle({sequence: place for place, sequence in enumerate(sequences)}, [*self.pairs, pair])
+
+    def group(self) -> TokenGroup:
+        return group_sequences(list(self.sequences))
+
+
+def pack_pairs(pairs: Sequence[Pair], tokens: int | None) -> list[PairRow]:
+    """Pack pairs into rows of at most `tokens` tokens; pairs on one prompt that are more go into several rows."""
+    by_prompt: dict[object, list[Pair]] = {}
+    for place, pair in enumerate(pairs):
+        by_prompt.setdefault(("alone", place) if pair.group is None else pair.group, []).append(pair)
+    bundles = [bundle for same in by_prompt.values() for bundle in _bundles(same, tokens)]
+    groups = [bundle.group() for bundle in bundles]
+    rows = pack(groups, tokens=tokens)
+    return [_pair_row([bundles[i] for i in row], [groups[i] for i in row]) for row in rows]
+
+
+def _bundles(pairs: Sequence[Pair], tokens: int | None) -> Iterator[_Bundle]:
+    """The pairs of one prompt together; once they are over the budget, a new bundle begins."""
+    bundle = _Bundle({}, [])
+    for pair in pairs:
+        larger = bundle.joined_by(pair)
+        if bundle.pairs and tokens is not None and token_count(larger.group()) > tokens:
+            yield bundle
+            larger = _Bundle({}, []).joined_by(pair)
+        bundle = larger
+    yield bundle
+
+
+def _pair_row(bundles: Sequence[_Bundle], groups: Sequence[TokenGroup]) -> PairRow:
+    chosen: list[int] = []
+    rejected: list[int] = []
+    start = 0
+    for bundle in bundles:
+        chosen += [start + bundle.sequences[pair.chosen] for pair in bundle.pairs]
+        rejected += [start + bundle.sequences[pair.rejected] for pair in bundle.pairs]
+        start += len(bundle.sequences)
+    pairs = [pair for bundle in bundles for pair in bundle.pairs]
+    margins = [pair.margin for pair in pairs if pair.margin is not None]
+    tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    return PairRow(PackedRow(tuple(groups)), chosen, rejected, margins if len(margins) == len(pairs) else None, tokens)
+
+
+class GroupSampler(Sampler[int]):
+    """Random order of pairs in which those on one prompt stay together, as whole prompts in every batch if possible."""
+
+    def __init__(self, groups: Sequence[int], batch_size: int, seed: int) -> None:
+        """`groups[i]` is the prompt of pair i; every epoch has an order of its own."""
+        members: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        self._members = list(members.values())
+        self._count, self._batch_size, self._seed, self._epoch = len(groups), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order is iterated."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        order = torch.randperm(len(self._members), generator=generator).tolist()
+        yield from fill_batches([self._members[i] for i in order], self._batch_size)
+
+
+def fill_batches(groups: Sequence[Sequence[int]], batch_size: int) -> Iterator[int]:
+    """Order the members of groups so that consecutive batches hold whole groups, as far as their sizes allow.
+
+    A group that does not fit into what is left of a batch waits for the next; when none of the waiting ones fits and
+    nothing else is left, one is cut.
+
+    >>> list(fill_batches([[1, 2, 3], [4, 5], [6], [7, 8]], batch_size=4))
+    [1, 2, 3, 6, 4, 5, 7, 8]
+    """
+    coming = iter([list(group[i : i + batch_size]) for group in groups for i in range(0, len(group), batch_size)])
+    waiting: list[list[int]] = []
+    room = batch_size
+    while True:
+        group = next((group for group in waiting if len(group) <= room), None)
+        if group is not None:
+            waiting.remove(group)
+        else:
+            group = next(coming, None)
+        if group is None:
+            if not waiting:
+                return
+            first = waiting.pop(0)
+            group, rest = first[:room], first[room:]
+            waiting.insert(0, rest)
+        elif len(group) > room:
+            waiting.append(group)
+            continue
+        yield from group
+        room = room - len(group) or batch_size

@@ -1,0 +1,158 @@
+"""Records of a batch of rollouts, and how its completions become packed rows for training."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.objectives import penalized_rewards, rloo_advantages
+from helpsteer_rloo.packing import PackedRow, pack
+from helpsteer_rloo.training.packed import deal
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One local batch of sampled completions, B = P·N of them, those of a prompt next to each other."""
+
+    prompts: list[Any]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    completions: list[Any]
+    ended: list[bool]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What reward sources said of all processes' completions, `[B]`; NaN marks one that nothing could score."""
+
+    by_source_BF: Tensor
+    unclipped_B: Tensor
+    score_B: Tensor
+    penalty_B: Tensor
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards and advantages of all processes' completions, `[B]`, with what they were computed from."""
+
+    scores: Scores
+    kl_B: Tensor | None
+    reward_B: Tensor
+    advantage_B: Tensor
+
+
+@dataclass(frozen=True)
+class AdvantageRule:
+    """How rewards and advantages follow from scores: the weight of KL, the group size, and normalization."""
+
+    beta: float
+    group_size: int
+    normalize: bool
+
+    def rewards(self, scores: Scores, kl_B: Tensor | None) -> Rewards:
+        """Reward = score - penalty - beta * KL, then leave-one-out within each prompt."""
+        reward_B = penalized_rewards(scores.score_B, scores.penalty_B, kl_B, self.beta)
+        advantage_PN = rloo_advantages(reward_B.view(-1, self.group_size), normalize=self.normalize)
+        return Rewards(scores, kl_B, reward_B, advantage_PN.flatten())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Completions of one prompt that are computed together, with their places in the local batch."""
+
+    group: TokenGroup
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """A packed row with the places of its completions in the local batch."""
+
+    row: PackedRow
+    places: list[int]
+
+
+@dataclass
+class TrainingBatch:
+    """A local batch of rollouts on its way through training.
+
+    Log-probabilities are sums over a completion's tokens, in nats, `[B]`. `old_B` is None where the training pass
+    itself yields them, which it does if every completion is trained on once; KL, and with it rewards and advantages,
+    are then filled in as the rows pass, and `awaited` counts the completions that have not.
+    """
+
+    rollout: Rollout
+    scores: Scores
+    counted_B: Tensor
+    reference_B: Tensor | None
+    old_B: Tensor | None
+    advantage_B: Tensor
+    kl_B: Tensor | None
+    awaited: int
+
+
+@dataclass(frozen=True)
+class TrainingSlice:
+    """The rows of one micro-batch; each completion counts `weight` in its loss."""
+
+    batch: TrainingBatch
+    rows: list[RolloutRow]
+    weight: float
+
+
+def units_of(rollout: Rollout, group_size: int) -> list[Unit]:
+    """Neighbouring completions of the same prompt, at most `group_size` of them together."""
+    units: list[Unit] = []
+    numbered = zip(itertools.count(), map(tuple, rollout.prompt_ids), map(tuple, rollout.completion_ids), strict=False)
+    for prompt_ids, same in itertools.groupby(numbered, key=lambda entry: entry[1]):
+        entries = list(same)
+        for start in range(0, len(entries), group_size):
+            part = entries[start : start + group_size]
+            group = TokenGroup((), prompt_ids, tuple(ids for _, _, ids in part))
+            units.append(Unit(group, tuple(place for place, _, _ in part)))
+    return units
+
+
+def rows_of(units: Sequence[Unit], tokens: int | None) -> list[RolloutRow]:
+    """Pack units, in order, into rows of at most `tokens` tokens; a larger unit stands alone."""
+    packed = pack([unit.group for unit in units], tokens=tokens)
+    return [
+        RolloutRow(PackedRow(tuple(units[i].group for i in row)), [place for i in row for place in units[i].places])
+        for row in packed
+    ]
+
+
+def shuffled_slices(units: Sequence[Unit], steps: int, slices: int, tokens: int | None) -> list[list[list[RolloutRow]]]:
+    """Shuffle units and deal them to optimizer steps, completions evenly, and to the micro-batches of each.
+
+    A unit on the border of two optimizer steps is cut, its prompt computed in both.
+
+    Returns:
+        `steps` lists of `slices` lists of rows.
+    """
+    order = torch.randperm(len(units)).tolist()
+    total = sum(len(unit.places) for unit in units)
+    share = total // steps
+    hands: list[list[Unit]] = [[] for _ in range(steps)]
+    dealt = 0
+    for unit in (units[i] for i in order):
+        start = 0
+        while start < len(unit.places):
+            step = min(dealt // share, steps - 1)
+            room = len(unit.places) if step == steps - 1 else (step + 1) * share - dealt
+            end = min(len(unit.places), start + room)
+            part = TokenGroup((), unit.group.prompt_ids, unit.group.continuation_ids[start:end])
+            hands[step].append(Unit(part, unit.places[start:end]))
+            dealt += end - start
+            start = end
+    return [deal(rows_of(hand, tokens), slices) for hand in hands]
+
+
+def sums_by_completion(values_T: Tensor, row: PackedRow) -> Tensor:
+    """Sum values `[T]` of the row's continuation tokens over each continuation; `[B]`."""
+    lengths = [length for span in row.spans for length in span.continuations]
+    return torch.stack([part.sum() for part in values_T.split(lengths)])
