@@ -71,7 +71,6 @@ def run_child(module: str, spec: Spec, threads: int) -> Run:
     settings = {
         "OMP_NUM_THREADS": threads_text,
         "MKL_NUM_THREADS": threads_text,
-        "GOMP_SPINCOUNT": "1000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",

@@ -7,9 +7,11 @@ the length asked for, on both sides.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -35,26 +37,26 @@ class Shape:
     vocabulary: int = 16_384
     tied: bool = False
 
-    def linears(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of the seven linear layers of one decoder layer."""
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The seven linear layers of one decoder layer: their names, inputs and outputs."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [
-            (self.hidden, queries),
-            (self.hidden, keys),
-            (self.hidden, keys),
-            (queries, self.hidden),
-            (self.hidden, self.intermediate),
-            (self.hidden, self.intermediate),
-            (self.intermediate, self.hidden),
-        ]
+        return {
+            "self_attn.q_proj": (self.hidden, queries),
+            "self_attn.k_proj": (self.hidden, keys),
+            "self_attn.v_proj": (self.hidden, keys),
+            "self_attn.o_proj": (queries, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.intermediate),
+            "mlp.up_proj": (self.hidden, self.intermediate),
+            "mlp.down_proj": (self.intermediate, self.hidden),
+        }
 
     def body_parameters(self) -> int:
         """Weights of all linear layers of the body, without embeddings, norms and adapters."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears())
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears().values())
 
     def lora_parameters(self, rank: int = LORA_RANK) -> int:
         """Weights of LoRA on all linear layers of the body."""
-        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linears())
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linears().values())
 
 
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocabulary=512)
@@ -89,10 +91,37 @@ def make_policy(shape: Shape, dtype: torch.dtype, seed: int) -> Qwen3ForCausalLM
     return Qwen3ForCausalLM(make_config(shape)).to(dtype)
 
 
+def write_reward_adapter(shape: Shape, directory: Path, seed: int) -> None:
+    """A reward model as the project saves one: a LoRA adapter with random weights, and its scalar head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) * 0.02
+
+    weights = {"base_model.model.score.weight": random(1, shape.hidden)}
+    for layer in range(shape.layers):
+        for name, (columns, rows) in shape.linears().items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{module}.lora_A.weight"] = random(LORA_RANK, columns)
+            weights[f"{module}.lora_B.weight"] = random(rows, LORA_RANK)
+    config = make_lora("SEQ_CLS")
+    config.target_modules = {name.rpartition(".")[2] for name in shape.linears()}
+    config.modules_to_save = ["score"]
+    config.save_pretrained(str(directory))
+    save_file(weights, directory / "adapter_model.safetensors")
+
+
 def make_reward_model(shape: Shape, dtype: torch.dtype, seed: int) -> Qwen3ForSequenceClassification:
     """A reward model with random weights, the same for the same seed."""
     torch.manual_seed(seed)
     return Qwen3ForSequenceClassification(make_config(shape, labels=1)).to(dtype)
+
+
+def merged_reward_model(policy: Qwen3ForCausalLM, shape: Shape, directory: Path) -> Qwen3ForSequenceClassification:
+    """A written reward model on a body of its own, the policy's, with the adapter merged: as TRL takes one."""
+    model = Qwen3ForSequenceClassification(make_config(shape, labels=1)).to(policy.dtype)
+    model.model.load_state_dict(policy.model.state_dict())
+    return PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
 
 
 def make_lora(task_type: str) -> LoraConfig:

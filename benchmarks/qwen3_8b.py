@@ -6,6 +6,7 @@ and memory never holds them twice. TRL is not run: what it needs is computed fro
 """
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -101,9 +102,9 @@ def _rloo_step(spec: Spec, shape: Any, directory: str) -> Run:
     changes = {"side": "ours", "shape": "TINY" if spec["quick"] else "QWEN3_8B", "k": K, "groups": 1}
     changes |= {"completion": COMPLETION, "checkpointing": True, "steps": 1}
     prompts = [[2 + number] * PROMPT for number in range(2)]
-    # LEAD: with a reward adapter on the policy's base, `our_reward(policy, None)` has to make it (random weights).
-    # Until then the step is scored by a function, which leaves the reward pass out.
-    trainer = rloo_parts.make_trainer({**spec, **changes}, (policy, rloo_parts.constant_reward), prompts, directory)
+    adapter = Path(directory) / "reward"
+    models.write_reward_adapter(shape, adapter, spec["seed"])
+    trainer = rloo_parts.make_trainer({**spec, **changes}, (policy, adapter), prompts, directory)
     return measure.run(trainer, [policy], measure.Clock(rloo_parts.phases("ours")), warm_up=1)
 
 

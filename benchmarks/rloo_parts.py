@@ -4,6 +4,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,33 +14,32 @@ from datasets import Dataset
 from benchmarks import models
 from benchmarks.harness import Run, Spec
 from benchmarks.models import Shape, Work
+from helpsteer_rloo.model.roles import load_shared_reward
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
+from helpsteer_rloo.training.scorer import RewardModelScorer
 
 BATCH = 4
 FORCED_LEARNING_RATE = 0.1
 Phases = dict[str, str | Callable[[], str]]
 
 
-def make_models(spec: Spec, shape: Shape, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The policy and what TRL scores with: a reward model of its size, or with `constant_reward` a function."""
+def make_models(spec: Spec, shape: Shape, dtype: torch.dtype, directory: str) -> tuple[Any, Any]:
+    """The policy and what scores: a reward model, or with `constant_reward` a function.
+
+    The reward model is the policy's body with an adapter and a head: ours is given the directory of these, to put them
+    on the policy's base; TRL a model of its own with the same weights.
+    """
     policy = models.make_policy(shape, dtype, spec["seed"])
     if spec.get("constant_reward"):
         return policy, constant_reward
-    return policy, models.make_reward_model(shape, dtype, spec["seed"] + 1)
+    adapter = Path(directory) / "reward"
+    models.write_reward_adapter(shape, adapter, spec["seed"] + 1)
+    return policy, adapter if spec["side"] == "ours" else models.merged_reward_model(policy, shape, adapter)
 
 
 def constant_reward(completions: Sequence[Any], **_: Any) -> list[float]:
     """Alternating scores that cost neither time nor memory, for measurements of other parts."""
     return [float(index % 2) for index in range(len(completions))]
-
-
-def our_reward(policy: Any, reward: Any) -> Any:
-    """What our trainer scores with.
-
-    LEAD: return the reward adapter on the policy's base for a reward model (with the weights of `reward` where the
-    parity check compares rewards). Until the policy can carry one, this is what TRL scores with.
-    """
-    return reward
 
 
 def make_trainer(spec: Spec, pair: tuple[Any, Any], prompts: Sequence[Sequence[int]], directory: str) -> Any:
@@ -70,15 +70,19 @@ def make_trainer(spec: Spec, pair: tuple[Any, Any], prompts: Sequence[Sequence[i
         disable_tqdm=True,
         **forced,
     )
-    return (RLOOTrainer if ours else trl.RLOOTrainer)(
+    scorer = RewardModelScorer(None, batch_size=BATCH, max_length=None) if isinstance(reward, Path) else reward
+    trainer = (RLOOTrainer if ours else trl.RLOOTrainer)(
         model=policy,
-        reward_funcs=our_reward(policy, reward) if ours else reward,
+        reward_funcs=scorer,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": models.as_text(prompt)} for prompt in prompts]),
         processing_class=tokenizer,
         reward_processing_classes=tokenizer,
         peft_config=models.make_lora("CAUSAL_LM"),
     )
+    if isinstance(scorer, RewardModelScorer):
+        scorer.role = load_shared_reward(trainer.model, reward)
+    return trainer
 
 
 def phases(side: str) -> Phases:
@@ -100,10 +104,7 @@ def _log_probs_phase() -> str:
 
 
 def force_completions(trainer: Any, shape: Shape, spec: Spec) -> None:
-    """Give both sides the same completions instead of sampling: of full length if `forced` is "full", else ragged.
-
-    LEAD: replaces the method of the trainer that samples; it has to be the one that our trainer calls.
-    """
+    """Give both sides the same completions instead of sampling: of full length if `forced` is "full", else ragged."""
 
     def forced(prompt_ids: Sequence[Sequence[int]], *_: Any) -> list[list[int]]:
         seen: Counter[tuple[int, ...]] = Counter()

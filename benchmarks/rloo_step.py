@@ -119,10 +119,10 @@ def measure(spec: Spec) -> Run:
     shape, dtype = getattr(models, spec["shape"]), getattr(torch, spec["dtype"])
     gemm_size = 256 if spec["quick"] else 2048
     gemm = [measure.gemm_flops(dtype, gemm_size)]
-    policy, reward = rloo_parts.make_models(spec, shape, dtype)
-    model_bytes = measure.resident_bytes()
     prompts = _prompts(spec, shape)
     with tempfile.TemporaryDirectory() as directory:
+        policy, reward = rloo_parts.make_models(spec, shape, dtype, directory)
+        model_bytes = measure.resident_bytes()
         trainer = rloo_parts.make_trainer(spec, (policy, reward), prompts, directory)
         if spec.get("forced"):
             rloo_parts.force_completions(trainer, shape, spec)

@@ -64,13 +64,20 @@ class EngineKnobs(DataKnobs):
     engine: str = _knob(
         "packed", "'packed': rows without padding, each prompt computed once; 'trl': TRL's own passes, for comparison."
     )
-    packed_tokens: int = _knob(4096, "Most tokens in one packed row: less saves memory, more may save time.")
+    packed_tokens: int | None = _knob(
+        None, "Most tokens in one packed row (default: 4096, on a CPU 1024): less saves memory, more may save time."
+    )
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
         super().__post_init__()
         _require(self.engine in ("packed", "trl"), "engine", self.engine, "packed or trl")
-        _require(self.packed_tokens >= 1, "packed_tokens", self.packed_tokens, "at least 1 token")
+        _require(
+            self.packed_tokens is None or self.packed_tokens >= 1,
+            "packed_tokens",
+            self.packed_tokens,
+            "at least 1 token",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from helpsteer_rloo.config import (
     PIPELINE,
     REWARD,
     RLOO,
-    DataKnobs,
     EngineKnobs,
     PipelineKnobs,
     RLOOKnobs,

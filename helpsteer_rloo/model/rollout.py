@@ -73,7 +73,7 @@ def sequence_seed(seed: int, *parts: int) -> int:
     """A seed for one of many sequences, in 63 bits; the same for ever, and unlike those of its neighbours.
 
     >>> sequence_seed(0, 1, 2)
-    0
+    4727102316523150270
     """
     text = ",".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
@@ -139,7 +139,7 @@ def sample_groups(
         raise ValueError("Sampling needs at least one row, and at least one token in every prompt.")
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     results: dict[tuple[int, int], Completion] = {}
-    with torch.no_grad(), _ready_to_decode(inner, rows):
+    with torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))):
         for chunk in tqdm(_chunks(prompts, seeds, rows), desc="Sampling", leave=False, disable=not progress):
             places = [place for piece in chunk for place in piece.places]
             results |= zip(places, _complete(inner, chunk, sampling), strict=True)
@@ -174,7 +174,7 @@ def _ready_to_decode(inner: Any, rows: int) -> Generator[None]:
         inner.eval()
         if attention != SHARED_PREFIX:
             use_shared_prefix(inner)
-        with light_linears((body, head), rows), torch.autocast(inner.device.type, enabled=False):
+        with torch.autocast(inner.device.type, enabled=False), light_linears((body, head), rows):
             yield
     finally:
         for module, mode in modes.items():

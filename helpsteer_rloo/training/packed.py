@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from helpsteer_rloo.model.forward import base_model, prepare_packed
+from helpsteer_rloo.model.fused_lora import fuse_lora
 
 DEFAULT_TOKENS = 4096
+DEFAULT_TOKENS_CPU = 1024
+"""Tokens in a row, unless it is said: what keeps the hardware busy; more only costs memory."""
 Row = TypeVar("Row")
 Unit = TypeVar("Unit")
 
@@ -29,6 +32,7 @@ def packing_obstacle(trainer: Trainer) -> str | None:
         return "virtual tokens"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}"
+    fuse_lora(model)
     return None
 
 
@@ -37,9 +41,11 @@ def _is_zero3(trainer: Trainer) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
-def row_budget(trainer: Trainer, tokens: int) -> int | None:
+def row_budget(trainer: Trainer, tokens: int | None) -> int | None:
     """Tokens in a row; no limit under DeepSpeed, whose engine counts one backward pass a micro-batch."""
-    return None if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED else tokens
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return None
+    return tokens or (DEFAULT_TOKENS_CPU if trainer.accelerator.device.type == "cpu" else DEFAULT_TOKENS)
 
 
 def deal(units: Sequence[Unit], hands: int) -> list[list[Unit]]:

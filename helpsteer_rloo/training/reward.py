@@ -18,7 +18,7 @@ from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
 from helpsteer_rloo.run_dir import latest_checkpoint
-from helpsteer_rloo.training.packed import DEFAULT_TOKENS, deal, packing_obstacle, row_budget, sum_over_rows
+from helpsteer_rloo.training.packed import deal, packing_obstacle, row_budget, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
@@ -28,8 +28,9 @@ class RewardConfig(trl.RewardConfig):
     """TRL's `RewardConfig` and two more settings."""
 
     engine: str = field(default="packed", metadata={"help": "'packed' rows with shared prompts, or 'trl': its own."})
-    packed_tokens: int = field(
-        default=DEFAULT_TOKENS, metadata={"help": "Most tokens in one packed row; a larger pair stands alone."}
+    packed_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens in one packed row; a larger pair stands alone. Default: 4096, on a CPU 1024."},
     )
 
 
@@ -79,7 +80,7 @@ class RewardTrainer(trl.RewardTrainer):
             warnings.warn(f"Using TRL's own path: packed rows cannot be used with {obstacle}.", stacklevel=4)
             return None
         self._packed, self.data_collator = True, collate_pairs
-        return row_budget(self, ours.packed_tokens if ours else DEFAULT_TOKENS)
+        return row_budget(self, ours.packed_tokens if ours else None)
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 

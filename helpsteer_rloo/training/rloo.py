@@ -22,8 +22,7 @@ from helpsteer_rloo.model.roles import (
 )
 from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed, supports_sampler
 from helpsteer_rloo.objectives import clipped_policy_losses
-from helpsteer_rloo.packing import token_count
-from helpsteer_rloo.training.packed import DEFAULT_TOKENS, packing_obstacle, row_budget, sum_over_rows
+from helpsteer_rloo.training.packed import packing_obstacle, row_budget, sum_over_rows
 from helpsteer_rloo.training.rloo_scoring import RLOOConfig, ScoredRLOOTrainer, gathered, has_images
 from helpsteer_rloo.training.rollouts import (
     Rewards,
@@ -77,7 +76,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if self.ref_model is not None:
             prepare_packed(self.ref_model)
         self._packed = True
-        return row_budget(self, ours.packed_tokens if ours else DEFAULT_TOKENS)
+        return row_budget(self, ours.packed_tokens if ours else None)
 
     def reward_role(self, directory: str | Path, base: Base) -> RewardRole:
         """A trained reward model: on the policy's own base where it is an adapter for it, else a model of its own.
@@ -160,9 +159,9 @@ class RLOOTrainer(ScoredRLOOTrainer):
         return self._slices[self._step % per_generation]
 
     def _rolled_out(self, inputs: list[dict[str, Any]], *, fresh: bool) -> TrainingBatch:
-        """Sample and score a batch; `fresh` leaves policy log-probabilities to the training pass, if groups allow it.
+        """Sample and score a batch; `fresh` leaves policy log-probabilities to the training pass.
 
-        They do if every group is on one process and fits into a row, since an advantage needs the whole group's KL.
+        That needs every group whole on one process, since an advantage depends on the KL of all its siblings.
         """
         rollout = self._rollout(inputs)
         scores = self._scores(inputs, rollout)
@@ -190,9 +189,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
 
     def _groups_are_whole(self, units: Sequence[Unit]) -> bool:
         whole = all(len(unit.places) == self._group_size for unit in units)
-        fits = self._budget is None or max(token_count(unit.group) for unit in units) <= self._budget
-        flag = torch.tensor([float(whole and fits)], device=self.accelerator.device)
-        return bool(gathered(flag).min().item())
+        return bool(gathered(torch.tensor([float(whole)], device=self.accelerator.device)).min().item())
 
     @torch.no_grad()
     def _pass(self, model: Any, units: Sequence[Unit], batch: TrainingBatch) -> Tensor:

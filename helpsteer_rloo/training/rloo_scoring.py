@@ -22,7 +22,6 @@ from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.objectives import kl_k1
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
-from helpsteer_rloo.training.packed import DEFAULT_TOKENS
 from helpsteer_rloo.training.rollouts import AdvantageRule, Rewards, Rollout, Scores
 from helpsteer_rloo.training.scorer import RewardModelScorer
 
@@ -32,8 +31,9 @@ class RLOOConfig(trl.RLOOConfig):
     """TRL's `RLOOConfig` and five more settings."""
 
     engine: str = field(default="packed", metadata={"help": "'packed' rows with shared prompts, or 'trl': its own."})
-    packed_tokens: int = field(
-        default=DEFAULT_TOKENS, metadata={"help": "Most tokens in one packed row; a larger group stands alone."}
+    packed_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens in one packed row; a larger group stands alone. Default: 4096, on a CPU 1024."},
     )
 
     missing_eos_penalty: float = field(

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -207,7 +208,7 @@ def test_groups_are_whole_in_their_batches_while_there_is_choice():
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     order = list(GroupSampler(groups, 4, seed=1))
     batches = [{groups[i] for i in order[start : start + 4]} for start in range(0, len(order), 4)]
-    cut = sum(len(batch & after) for batch, after in zip(batches, batches[1:], strict=False))
+    cut = sum(len(batch & after) for batch, after in itertools.pairwise(batches))
     assert cut < 0.05 * len(sizes)
 
 

@@ -12,7 +12,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from helpsteer_rloo.training.ledger import read_rollouts
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from tests.model.test_attention import norm_in_float64
-from tests.training.test_rloo import K, PROMPTS, arguments, chat
+from tests.training.test_rloo import PROMPTS, K, arguments, chat
 
 WORDS = ("oak", "oak, elm", "oak, elm and ash", "no idea")
 
