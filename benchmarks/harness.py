@@ -71,6 +71,7 @@ def run_child(module: str, spec: Spec, threads: int) -> Run:
     settings = {
         "OMP_NUM_THREADS": threads_text,
         "MKL_NUM_THREADS": threads_text,
+        "THP_MEM_ALLOC_ENABLE": "1",  # as the project's own command sets it, here for both sides
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",

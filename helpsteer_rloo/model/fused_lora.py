@@ -22,7 +22,7 @@ def fuse_lora(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
     for layer in layers:
-        layer.__dict__["forward"] = FusedForward(layer)
+        cast(Any, layer).forward = FusedForward(layer)
     return len(layers)
 
 

@@ -51,7 +51,7 @@ def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, tempe
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head is nothing but a frozen matrix, or no gradient is asked for."""
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) is not nn.Linear or cast(Tensor | None, head.bias) is not None:
         return False
     return not (head.weight.requires_grad and torch.is_grad_enabled())
 

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from helpsteer_rloo.model.fused_lora import FusedForward
 
 MOST_COPIED_BYTES = 2 * 2**30
-"""Weights are copied up to this; layers beyond it use their own weights as they are."""
+"""Weights are copied if all of them together are no more than this; a part would cost memory and gain little."""
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers in one module that are given the same input."""
@@ -67,17 +67,18 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[None]:
         rows: Rows that most products will have, for the choice of a layout.
     """
     shadowed: dict[nn.Module, Any] = {}
-    left = MOST_COPIED_BYTES
+    bundles = [bundle for top in modules for bundle in _bundles(top)]
+    alone = [_parts(bundle[0]) for bundle in bundles if len(bundle) == 1]
+    affordable = sum(parts.bytes for parts in alone if parts is not None) <= MOST_COPIED_BYTES
     try:
-        for bundle in (found for top in modules for found in _bundles(top)):
+        for bundle in bundles:
+            if len(bundle) > 1 and not affordable:
+                continue
             parts = _joined([_parts(module) for module in bundle])
             if parts is None:
                 continue
             packs = _packs(parts.weight.dtype) if parts.weight.device.type == "cpu" else False
-            copies = (parts.merges or packs or len(bundle) > 1) and parts.bytes <= left
-            left -= parts.bytes if copies else 0
-            if len(bundle) > 1 and not copies:
-                continue
+            copies = affordable and (parts.merges or packs or len(bundle) > 1)
             if copies or parts.updates:
                 forward = _forward(parts, rows if packs else None, copies)
                 for module, own in zip(bundle, _shared(forward, parts.sizes), strict=True):

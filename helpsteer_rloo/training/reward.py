@@ -86,14 +86,14 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns = cast(list[str], self._signature_columns)
+        columns = self._signature_columns or []
         if "group" not in columns:
             columns.append("group")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        grouped = isinstance(dataset, Dataset) and "group" in dataset.column_names
-        if not self._packed or not grouped or self.args.train_sampling_strategy != "random":
+        shuffled = self._packed and self.args.train_sampling_strategy == "random"
+        if not shuffled or not isinstance(dataset, Dataset) or "group" not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
         local = self.args.gradient_accumulation_steps if self.args.world_size == 1 else 1
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -135,8 +135,9 @@ class RewardTrainer(trl.RewardTrainer):
         if pairs.margins is not None:
             margins_P = margins_P - torch.tensor(pairs.margins, device=margins_P.device)
         losses_P = -torch.nn.functional.logsigmoid(margins_P)
-        if self.args.center_rewards_coefficient is not None:
-            losses_P = losses_P + self.args.center_rewards_coefficient * (chosen_P + rejected_P) ** 2
+        centering = cast(trl.RewardConfig, self.args).center_rewards_coefficient
+        if centering is not None:
+            losses_P = losses_P + centering * (chosen_P + rejected_P) ** 2
         return losses_P.sum() * weight
 
     def _log_pairs(self, rewards_P2: Tensor, batch: PairBatch) -> None:
@@ -149,8 +150,9 @@ class RewardTrainer(trl.RewardTrainer):
         extremes = [rewards_P2.min(), -rewards_P2.max()] if len(rewards_P2) else [margins_P.new_tensor(torch.inf)] * 2
         gathered = cast(Tensor, self.accelerator.gather(torch.stack(extremes)))
         lowest, highest_negated = gathered.view(-1, 2).amin(0).tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        if self.model.training:
+        training = cast(torch.nn.Module, self.model).training
+        metrics = self._metrics["train" if training else "eval"]
+        if training:
             self._total_train_tokens += int(tokens)
         metrics["num_tokens"] = [self._total_train_tokens]
         if count:

@@ -74,7 +74,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
             self._fall_back(f"packed rows cannot be used with {obstacle}")
             return None
         if self.ref_model is not None:
-            prepare_packed(self.ref_model)
+            prepare_packed(cast(nn.Module, self.ref_model))
         self._packed = True
         return row_budget(self, ours.packed_tokens if ours else None)
 
@@ -111,7 +111,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k or 0,
-            end_ids=tuple(self.eos_token_ids),
+            end_ids=tuple(cast(list[int], self.eos_token_ids)),
         )
         place = (self.state.global_step, int(self._sampling_for_training), self.accelerator.process_index)
         seeds = [sequence_seed(args.seed, *place, index) for index in range(len(prompt_ids))]
@@ -241,7 +241,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
     def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow, stats: Tensor) -> Tensor:
         batch, places = inputs.batch, torch.tensor(row.places, device=stats.device)
         counted_B = batch.counted_B[places]
-        found = packed_log_probs(model, row.row, self.temperature)
+        with self.accelerator.autocast():  # for the vocabulary head, which stands outside the model's forward
+            found = packed_log_probs(model, row.row, self.temperature)
         log_probs_B = sums_by_completion(found.log_probs, row.row) * counted_B
         if batch.old_B is None:
             self._fill_in(batch, places, log_probs_B.detach())
