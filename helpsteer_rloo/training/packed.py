@@ -20,25 +20,20 @@ DEFAULT_TOKENS_CPU = 1024
 Row = TypeVar("Row")
 Unit = TypeVar("Unit")
 
-_SHARDED = (DistributedType.FSDP,)
-
 
 def packing_obstacle(trainer: Trainer) -> str | None:
     """What keeps a trainer's model from being trained on packed rows, if anything does; else the model is set up."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.distributed_type in _SHARDED or _is_zero3(trainer):
-        return "weights that are sharded over processes"
+    if trainer.accelerator.num_processes > 1:
+        # Processes have rows in different micro-batches; data parallelism and the gathering of metrics then wait for
+        # each other for ever.
+        return "several processes"
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "virtual tokens"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}"
     fuse_lora(model)
     return None
-
-
-def _is_zero3(trainer: Trainer) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.zero_stage == 3
 
 
 def row_budget(trainer: Trainer, tokens: int | None) -> int | None:

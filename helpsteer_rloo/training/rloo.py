@@ -50,8 +50,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
     - Completions are sampled by the embedded sampler, prompts computed once, unless vLLM or a setting that only
       `generate` knows is asked for.
 
-    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and weights that
-    are sharded over processes are left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
+    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and runs of several
+    processes are left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
     """
 
     def __init__(
