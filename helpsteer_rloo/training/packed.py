@@ -21,25 +21,28 @@ Row = TypeVar("Row")
 Unit = TypeVar("Unit")
 
 
-def packing_obstacle(trainer: Trainer) -> str | None:
-    """What keeps a trainer's model from being trained on packed rows, if anything does; else the model is set up."""
+def set_up_packing(trainer: Trainer) -> str | None:
+    """Prepare a trainer's model for packed rows, or say what keeps it from being trained on them.
+
+    Processes may have different numbers of rows in a micro-batch, even none. That is sound where each holds all weights
+    and gradients are exchanged once a step (DDP); engines that exchange weights in every pass, or gradients in every
+    backward pass, would wait for each other for ever.
+    """
+    kind = trainer.accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.name.startswith("MULTI_"):
+        return f"the engine {kind.name} of accelerate"
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.num_processes > 1:
-        # Processes have rows in different micro-batches; data parallelism and the gathering of metrics then wait for
-        # each other for ever.
-        return "several processes"
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "virtual tokens"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}"
     fuse_lora(model)
+    trainer.args.ddp_broadcast_buffers = False  # constants, whose broadcast would wait for processes without a row
     return None
 
 
-def row_budget(trainer: Trainer, tokens: int | None) -> int | None:
-    """Tokens in a row; no limit under DeepSpeed, whose engine counts one backward pass a micro-batch."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return None
+def row_budget(trainer: Trainer, tokens: int | None) -> int:
+    """Tokens in a row: `tokens`, or what suits the device."""
     return tokens or (DEFAULT_TOKENS_CPU if trainer.accelerator.device.type == "cpu" else DEFAULT_TOKENS)
 
 

@@ -18,7 +18,7 @@ from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
 from helpsteer_rloo.run_dir import latest_checkpoint
-from helpsteer_rloo.training.packed import deal, packing_obstacle, row_budget, sum_over_rows
+from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
@@ -72,10 +72,11 @@ class RewardTrainer(trl.RewardTrainer):
     def _set_up_packing(self, collator: Any) -> int | None:
         """Use packed rows if the model and the arguments allow it, and say why not if they do not."""
         self._packed = False
+        self._unlogged: list[tuple[Tensor, int]] = []
         ours = self.args if isinstance(self.args, RewardConfig) else None
         if ours and ours.engine == "trl":
             return None
-        obstacle = "a data collator of its own" if collator is not None else packing_obstacle(self)
+        obstacle = "a data collator of its own" if collator is not None else set_up_packing(self)
         if obstacle is not None:
             warnings.warn(f"Using TRL's own path: packed rows cannot be used with {obstacle}.", stacklevel=4)
             return None
@@ -123,7 +124,10 @@ class RewardTrainer(trl.RewardTrainer):
             batch = PairBatch(pack_pairs(inputs["pairs"], self._budget), 1 / len(inputs["pairs"]))
         rewards: list[Tensor] = []
         loss = sum_over_rows(self, model, batch.rows, lambda row: self._row_loss(model, row, batch.weight, rewards))
-        self._log_pairs(torch.cat(rewards).float() if rewards else torch.zeros(0, 2, device=loss.device), batch)
+        rewards_P2 = torch.cat(rewards).float() if rewards else torch.zeros(0, 2, device=loss.device)
+        self._unlogged.append((rewards_P2, sum(pairs.pair_tokens for pairs in batch.rows)))
+        if not model.training or self.accelerator.sync_gradients:
+            self._log_pairs()
         return (loss, {"logits": torch.cat(rewards)}) if return_outputs else loss
 
     def _row_loss(self, model: Any, pairs: PairRow, weight: float, rewards: list[Tensor]) -> Tensor:
@@ -140,10 +144,16 @@ class RewardTrainer(trl.RewardTrainer):
             losses_P = losses_P + centering * (chosen_P + rejected_P) ** 2
         return losses_P.sum() * weight
 
-    def _log_pairs(self, rewards_P2: Tensor, batch: PairBatch) -> None:
-        """TRL's metrics of one micro-batch over all processes, every pair with the same weight in the means."""
+    def _log_pairs(self) -> None:
+        """TRL's metrics of one optimizer step over all processes, every pair with the same weight in the means.
+
+        Not of every micro-batch: in one where a process has no row, its part in them would come before its part in what
+        data parallelism exchanges at a first forward pass, and after it on the others.
+        """
+        rewards_P2 = torch.cat([rewards for rewards, _ in self._unlogged])
+        tokens = sum(tokens for _, tokens in self._unlogged)
+        self._unlogged = []
         margins_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-        tokens = sum(pairs.pair_tokens for pairs in batch.rows)
         sums = [len(margins_P), (margins_P > 0).sum(), margins_P.sum(), rewards_P2.sum(), tokens]
         totals = self.accelerator.reduce(torch.tensor([float(value) for value in sums], device=rewards_P2.device))
         count, right, margin, total, tokens = cast(Tensor, totals).tolist()

@@ -10,6 +10,7 @@ import trl
 from torch import Tensor, nn
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.drawing import widest_float
 from helpsteer_rloo.model.forward import group_log_probs, packed_log_probs, prepare_packed
 from helpsteer_rloo.model.loading import Base
 from helpsteer_rloo.model.roles import (
@@ -22,7 +23,7 @@ from helpsteer_rloo.model.roles import (
 )
 from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed, supports_sampler
 from helpsteer_rloo.objectives import clipped_policy_losses
-from helpsteer_rloo.training.packed import packing_obstacle, row_budget, sum_over_rows
+from helpsteer_rloo.training.packed import row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.rloo_scoring import RLOOConfig, ScoredRLOOTrainer, gathered, has_images
 from helpsteer_rloo.training.rollouts import (
     Rewards,
@@ -50,8 +51,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
     - Completions are sampled by the embedded sampler, prompts computed once, unless vLLM or a setting that only
       `generate` knows is asked for.
 
-    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and runs of several
-    processes are left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
+    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and weights sharded
+    over processes are left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
     """
 
     def __init__(
@@ -61,6 +62,9 @@ class RLOOTrainer(ScoredRLOOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._budget = self._set_up_packing()
         self._slices: list[TrainingSlice] = []
+        self._unlogged = torch.zeros(
+            len(_STATS), dtype=widest_float(self.accelerator.device), device=self.accelerator.device
+        )
 
     def _set_up_packing(self) -> int | None:
         """Use packed rows if the model and the arguments allow it, and say why not if they do not."""
@@ -69,7 +73,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if ours and ours.engine == "trl":
             return None
         obstacle = "images" if self._is_vlm else "a balancing loss of experts" if self.aux_loss_enabled else None
-        obstacle = obstacle or packing_obstacle(self)
+        obstacle = obstacle or set_up_packing(self)
         if obstacle is not None:
             self._fall_back(f"packed rows cannot be used with {obstacle}")
             return None
@@ -113,8 +117,9 @@ class RLOOTrainer(ScoredRLOOTrainer):
             top_k=self.top_k or 0,
             end_ids=tuple(cast(list[int], self.eos_token_ids)),
         )
-        place = (self.state.global_step, int(self._sampling_for_training), self.accelerator.process_index)
-        seeds = [sequence_seed(args.seed, *place, index) for index in range(len(prompt_ids))]
+        place = (self.state.global_step, int(self._sampling_for_training))
+        first = self.accelerator.process_index * len(prompt_ids)
+        seeds = [sequence_seed(args.seed, *place, first + index) for index in range(len(prompt_ids))]
         units = units_of(Rollout([], prompt_ids, [[0]] * len(prompt_ids), [], []), self._group_size)
         drawn = sample_groups(
             policy,
@@ -229,17 +234,18 @@ class RLOOTrainer(ScoredRLOOTrainer):
         """The clipped RLOO loss of a micro-batch, TRL's formula."""
         if not isinstance(inputs, TrainingSlice):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        stats = torch.zeros(len(_STATS), dtype=torch.float64, device=self.accelerator.device)
-        loss = sum_over_rows(self, model, inputs.rows, lambda row: self._row_loss(model, inputs, row, stats))
-        self._log_losses(stats)
+        loss = sum_over_rows(self, model, inputs.rows, lambda row: self._row_loss(model, inputs, row))
+        if not model.training or self.accelerator.sync_gradients:
+            self._log_losses()
         batch = inputs.batch
         if batch.old_B is None and batch.awaited == 0:
-            kl_B = None if batch.kl_B is None else gathered(batch.kl_B)
+            kl_B = None if batch.kl_B is None else gathered(batch.kl_B)  # the last micro-batch of a step: never empty
             self._finish(batch, self._rule.rewards(batch.scores, kl_B))
         return loss
 
-    def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow, stats: Tensor) -> Tensor:
-        batch, places = inputs.batch, torch.tensor(row.places, device=stats.device)
+    def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow) -> Tensor:
+        stats, batch = self._unlogged, inputs.batch
+        places = torch.tensor(row.places, device=stats.device)
         counted_B = batch.counted_B[places]
         with self.accelerator.autocast():  # for the vocabulary head, which stands outside the model's forward
             found = packed_log_probs(model, row.row, self.temperature)
@@ -272,11 +278,10 @@ class RLOOTrainer(ScoredRLOOTrainer):
         batch.advantage_B[places] = advantage_B
         batch.awaited -= len(places)
 
-    def _log_losses(self, stats: Tensor) -> None:
-        """TRL's metrics of one micro-batch over all processes; one without a completion adds nothing."""
-        totals = dict(zip(_STATS, cast(Tensor, self.accelerator.reduce(stats)).tolist(), strict=True))
-        if not totals["completions"]:
-            return
+    def _log_losses(self) -> None:
+        """TRL's metrics of one optimizer step over all processes, every completion with the same weight."""
+        totals = dict(zip(_STATS, cast(Tensor, self.accelerator.reduce(self._unlogged)).tolist(), strict=True))
+        self._unlogged = torch.zeros_like(self._unlogged)
         metrics: Mapping[str, list[float]] = self._current_metrics
         metrics["entropy"].append(totals["entropy"] / max(totals["tokens"], 1.0))
         for side in ("low", "high"):
