@@ -27,6 +27,9 @@ FIRST_TOKENS = 128
 class Prefill:
     """Attention over packed prompts, which keeps their keys and values, each padded to the longest of all.
 
+    `caches` has for every layer the keys `[G, H, E, T]`, lying as the product with queries reads them, and the values
+    `[G, H, T, E]`.
+
     Args:
         lengths: Tokens of every prompt of the batch; `spans` says which of them are in the row at hand.
     """
@@ -44,11 +47,12 @@ class Prefill:
         """Attention of every prompt to itself, `[1, T, heads, head size]`."""
         index = cast(int, module.layer_idx)
         if index not in self.caches:
-            shape = (len(self.lengths), key.shape[1], max(self.lengths), key.shape[3])
-            self.caches[index] = key.new_zeros(shape), value.new_zeros(shape)
+            outer, longest, size = (len(self.lengths), key.shape[1]), max(self.lengths), key.shape[3]
+            self.caches[index] = key.new_zeros(*outer, size, longest), value.new_zeros(*outer, longest, size)
+        keys_GHET, values_GHTE = self.caches[index]
         for number, span in enumerate(self._spans, self._first):
-            for cache, new in zip(self.caches[index], (key, value), strict=True):
-                cache[number, :, : span.prompt] = new[0, :, span.start : span.end]
+            keys_GHET[number, :, :, : span.prompt] = key[0, :, span.start : span.end].transpose(1, 2)
+            values_GHTE[number, :, : span.prompt] = value[0, :, span.start : span.end]
         return shared_prefix_attention(module, query, key, value, None, spans=self._spans, scaling=scaling)[0]
 
 
@@ -65,8 +69,9 @@ def read_prompts(body: nn.Module, prompts: Sequence[Sequence[int]], device: torc
         row = PackedRow(tuple(groups[i] for i in indices))
         prefill.read(indices[0], row.spans)
         ids, positions = torch.tensor([[row.input_ids], [row.position_ids]], device=device)
-        hidden_TD = body(input_ids=ids, position_ids=positions, use_cache=False, cascade=prefill).last_hidden_state[0]
-        hidden.append(hidden_TD[[span.end - 1 for span in row.spans]])
+        last = torch.tensor([span.end - 1 for span in row.spans], device=device)
+        output = body(input_ids=ids, position_ids=positions, use_cache=False, cascade=prefill, read=last)
+        hidden.append(output.last_hidden_state[0, last])
     return prefill, torch.cat(hidden)
 
 
@@ -110,10 +115,11 @@ class Decode:
         longest = max(self._lengths)
         if min(self._lengths) == longest:
             return None
-        keys_GHTE, _ = next(iter(self._prompts.values()))
-        ends_GH11 = torch.tensor(self._lengths, device=device).view(-1, 1, 1, 1).expand(-1, keys_GHTE.shape[1], -1, -1)
+        _, values_GHTE = next(iter(self._prompts.values()))
+        heads = values_GHTE.shape[1]
+        ends_GH11 = torch.tensor(self._lengths, device=device).view(-1, 1, 1, 1).expand(-1, heads, -1, -1)
         behind = torch.arange(longest, device=device) >= ends_GH11.flatten(0, 1)
-        return torch.zeros(behind.shape, dtype=keys_GHTE.dtype, device=device).masked_fill_(behind, -torch.inf)
+        return torch.zeros(behind.shape, dtype=values_GHTE.dtype, device=device).masked_fill_(behind, -torch.inf)
 
     def advance(self) -> Tensor:
         """Go on to the next token; returns its positions `[R, 1]`."""
@@ -131,9 +137,9 @@ class Decode:
         if len(left) < len(self._lengths):
             self._lengths = [self._lengths[group] for group in left]
             longest, kept = max(self._lengths), torch.tensor(left, device=device)
-            for index, caches in self._prompts.items():
-                trimmed = (cache[:, :, :longest].index_select(0, kept) for cache in caches)
-                self._prompts[index] = cast(Any, tuple(trimmed))
+            for index, (keys_GHET, values_GHTE) in self._prompts.items():
+                keys, values = keys_GHET[..., :longest], values_GHTE[:, :, :longest]
+                self._prompts[index] = keys.index_select(0, kept), values.index_select(0, kept)
         self._groups = [left.index(group) for group in groups]
         self._arrange()
 
@@ -157,7 +163,7 @@ class Decode:
         key_heads = key.shape[1]
         scale = size**-0.5 if scaling is None else scaling
         queries_RHQE = (query * scale).reshape(rows, key_heads, -1, size)
-        shared = self._by_prompt(queries_RHQE) @ prompt_keys.transpose(1, 2)
+        shared = self._by_prompt(queries_RHQE) @ prompt_keys
         if self._bias_X1T is not None:
             shared += self._bias_X1T
         own = queries_RHQE @ keys_RHTE.transpose(2, 3)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import SHARED_PREFIX, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
+from helpsteer_rloo.model.last_layer import narrow_last_layer
 from helpsteer_rloo.packing import PackedRow, pack, split_group
 
 
@@ -72,8 +73,8 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
     return scores
 
 
-def packed_hidden(model: nn.Module, row: PackedRow) -> Tensor:
-    """Final hidden states `[T, D]` of one packed row.
+def packed_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int]) -> Tensor:
+    """Final hidden states at some positions of one packed row, `[C, D]`.
 
     The outermost module is called, so that wrappers (adapters, data parallelism) do their part; what it makes of the
     hidden states is left aside.
@@ -81,6 +82,7 @@ def packed_hidden(model: nn.Module, row: PackedRow) -> Tensor:
     Args:
         model: A causal language model or sequence classifier that was given `use_shared_prefix`, however wrapped.
         row: Groups without padding.
+        positions: C of them, some perhaps several times.
     """
     inner = base_model(model)
     body, device = body_of(inner), next(inner.parameters()).device
@@ -92,17 +94,18 @@ def packed_hidden(model: nn.Module, row: PackedRow) -> Tensor:
             input_ids=torch.tensor([row.input_ids], device=device),
             position_ids=torch.tensor([row.position_ids], device=device),
             spans=row.spans,
+            read=torch.tensor(sorted(set(positions)), dtype=torch.long, device=device),
             use_cache=False,
             **causal,
         )
     finally:
         handle.remove()
-    return captured[0][0]
+    return captured[0][0].index_select(0, torch.tensor(positions, dtype=torch.long, device=device))
 
 
 def packed_scores(model: nn.Module, head: nn.Module, row: PackedRow) -> Tensor:
     """Score of each continuation of a row, read at its last token by a scalar head; `[B]`, float32 at least."""
-    hidden_BD = packed_hidden(model, row)[row.last_positions]
+    hidden_BD = packed_hidden(model, row, row.last_positions)
     return at_least_float32(head(hidden_BD.to(next(head.parameters()).dtype)))[:, 0]
 
 
@@ -112,7 +115,7 @@ def packed_log_probs(model: nn.Module, row: PackedRow, temperature: float = 1.0)
     Only those tokens go through the vocabulary head, in chunks.
     """
     inner = base_model(model)
-    hidden_CD = packed_hidden(model, row)[row.predicting_positions]
+    hidden_CD = packed_hidden(model, row, row.predicting_positions)
     targets_C = torch.tensor(row.predicted_ids, device=hidden_CD.device)
     return token_log_probs(hidden_CD, inner.get_output_embeddings(), targets_C, temperature)
 
@@ -151,6 +154,7 @@ def prepare_packed(model: nn.Module) -> bool:
         return False
     if inner.config._attn_implementation != SHARED_PREFIX:  # pyright: ignore[reportPrivateUsage]
         use_shared_prefix(inner)
+    narrow_last_layer(body_of(inner))
     return True
 
 

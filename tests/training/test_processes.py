@@ -73,11 +73,14 @@ def curves(base, directory, processes):
         peft_config=lora("CAUSAL_LM"),
     )
     policy.train()
-    assert rewarded._packed and policy._packed
+    assert rewarded._packed
+    assert policy._packed
     names = ("loss", "accuracy", "margin", "min_reward", "max_reward", "num_tokens")
     return {
         "reward": [[row[name] for name in names] for row in rewarded.state.log_history if "loss" in row],
-        "rloo": [[row[name] for name in ("reward", "kl", "entropy")] for row in policy.state.log_history if "kl" in row],
+        "rloo": [
+            [row[name] for name in ("reward", "kl", "entropy")] for row in policy.state.log_history if "kl" in row
+        ],
     }
 
 

@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
 )
+from transformers.models.qwen3 import modeling_qwen3
 
 from helpsteer_rloo.config import RLOO
 from helpsteer_rloo.model.roles import RewardRole
@@ -22,6 +23,7 @@ from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.rloo_scoring import shuffle_groups
 from helpsteer_rloo.training.scorer import RewardModelScorer
+from tests.model.test_attention import norm_in_float64
 
 PROMPTS = [f"List {n} trees, separated by commas." for n in range(12)]
 K = 4
@@ -184,8 +186,9 @@ def test_the_reward_models_name_and_scores_reach_the_logs(tiny_base, tokenizer, 
         {"temperature": 0.5},
     ],
 )
-def test_advantages_and_loss_equal_trls(tiny_base, tokenizer, tmp_path, changes):
+def test_advantages_and_loss_equal_trls(tiny_base, tokenizer, tmp_path, monkeypatch, changes):
     """Same completions forced, no EOS penalty: advantages, old log-probabilities and loss are TRL's, in float64."""
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", norm_in_float64)
     results = []
     for trainer_class in (RLOOTrainer, trl.RLOOTrainer):
         model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64)
