@@ -1,9 +1,9 @@
 """All benchmarks, one after the other: `python -m benchmarks --output results.jsonl`, or `make bench`."""
 
-from benchmarks import growth, harness, qwen3_8b, reward_training, rloo_step, vocabulary
+from benchmarks import growth, harness, precision, qwen3_8b, reward_training, rloo_step, vocabulary
 from benchmarks.harness import Options
 
-ALL = (reward_training, rloo_step, vocabulary, growth, qwen3_8b)
+ALL = (reward_training, rloo_step, vocabulary, growth, qwen3_8b, precision)
 
 
 def benchmark(options: Options) -> None:

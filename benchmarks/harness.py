@@ -33,6 +33,7 @@ class Options:
     seed: int
     quick: bool
     only: str
+    huge_pages: bool
     output: Path | None
 
 
@@ -45,6 +46,9 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seed", type=int, default=0, help="seed of models, data and sampling (default: 0)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one pair, one row of each benchmark")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
+    parser.add_argument(
+        "--huge_pages", action="store_true", help="as the project's own command asks for, on both sides"
+    )
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     given = parser.parse_args(argv)
     if min(given.pairs, given.steps, given.threads) < 1:
@@ -58,20 +62,21 @@ def selected(specs: Sequence[Spec], options: Options) -> list[Spec]:
     """The rows that `--only` leaves, with `--quick` the first of them, told the steps and seed to use."""
     found = [spec for spec in specs if options.only in spec["name"]]
     common = {"steps": options.steps, "seed": options.seed, "quick": options.quick}
-    return [spec | common for spec in (found[:1] if options.quick else found)]
+    suffix = "-huge-pages" if options.huge_pages else ""
+    return [spec | common | {"name": spec["name"] + suffix} for spec in (found[:1] if options.quick else found)]
 
 
-def run_child(module: str, spec: Spec, threads: int) -> Run:
+def run_child(module: str, spec: Spec, options: Options) -> Run:
     """Measure one side in a process of its own.
 
     Raises:
         RuntimeError: the process failed; the message ends with the last of what it wrote to stderr.
     """
-    threads_text = str(threads)
+    threads_text = str(options.threads)
     settings = {
         "OMP_NUM_THREADS": threads_text,
         "MKL_NUM_THREADS": threads_text,
-        "THP_MEM_ALLOC_ENABLE": "1",  # as the project's own command sets it, here for both sides
+        "THP_MEM_ALLOC_ENABLE": str(int(options.huge_pages)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
@@ -92,7 +97,7 @@ def interleaved(module: str, spec: Spec, options: Options) -> dict[str, list[Run
     runs: dict[str, list[Run]] = {side: [] for side in SIDES}
     for number in range(options.pairs):
         for side in SIDES:
-            run = run_child(module, {**spec, "side": side}, options.threads)
+            run = run_child(module, {**spec, "side": side}, options)
             runs[side].append(run)
             say(f"  {spec['name']} {number + 1}/{options.pairs} {side}: {run['seconds']:.2f} s a step")
     return runs
@@ -146,6 +151,7 @@ def _circumstances(spec: Spec, runs: Sequence[Run], options: Options) -> dict[st
         "pairs": options.pairs,
         "steps": options.steps,
         "threads": options.threads,
+        "huge_pages": options.huge_pages,
         "seed": options.seed,
         "quick": options.quick,
         "spec": spec,

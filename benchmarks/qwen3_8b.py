@@ -24,7 +24,7 @@ def benchmark(options: Options) -> None:
         spec: Spec = {"name": f"qwen3_8b/{step}", "step": step, "seed": options.seed, "quick": options.quick}
         if options.only not in spec["name"]:
             continue
-        run = harness.run_child("benchmarks.qwen3_8b", spec, options.threads)
+        run = harness.run_child("benchmarks.qwen3_8b", spec, options)
         for phase, seconds in run["phase_seconds"].items():
             harness.say(f"  {spec['name']} {phase}: {seconds:.1f} s")
         harness.publish(_row(spec, run, options), options)
@@ -46,6 +46,7 @@ def _row(spec: Spec, run: Run, options: Options) -> dict[str, Any]:
         "target_bytes": TARGET_BYTES,
         "phase_seconds_ours": run["phase_seconds"],
         "threads": options.threads,
+        "huge_pages": options.huge_pages,
         "seed": options.seed,
         "quick": options.quick,
         "spec": spec,

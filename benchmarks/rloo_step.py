@@ -78,9 +78,7 @@ def check_parity(spec: Spec, options: Options) -> dict[str, Any]:
     """
     tiny = {"shape": "TINY", "prompt": 24, "completion": 8, "groups": 4, "k": 4, "steps": PARITY_STEPS - 1}
     both = {
-        side: harness.run_child(
-            "benchmarks.rloo_step", {**spec, **tiny, "forced": "ragged", "side": side}, options.threads
-        )
+        side: harness.run_child("benchmarks.rloo_step", {**spec, **tiny, "forced": "ragged", "side": side}, options)
         for side in harness.SIDES
     }
     ours, trl, tolerance = both["ours"], both["trl"], TOLERANCE[spec["dtype"]]

@@ -36,6 +36,10 @@ def _percent(key: str) -> Callable[[Row], str]:
     return text
 
 
+def _scientific(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.1e}"
+
+
 def _range(row: Row) -> str:
     return f"{min(row['pair_ratios']):.2f}–{max(row['pair_ratios']):.2f}"
 
@@ -65,6 +69,7 @@ _WORK: list[Column] = [
     ("of GEMM rate", _percent("flops_fraction_of_gemm_peak")),
     ("with recomputation", _percent("flops_fraction_with_recomputation")),
 ]
+_FIGURES = ("largest", "mean")
 _COMPARISON: list[Column] = [_NAME, *_TIMES, *_MEMORY, *_WORK]
 COLUMNS: dict[str, list[Column]] = {
     "reward_training": _COMPARISON,
@@ -78,6 +83,10 @@ COLUMNS: dict[str, list[Column]] = {
         ("peak of the body alone, GiB", _number("peak_bytes_body", 2**30)),
         ("growth beyond it, ours", _percent("growth_beyond_body_ours")),
         ("growth beyond it, TRL", _percent("growth_beyond_body_trl")),
+    ],
+    "precision": [
+        _NAME,
+        *((f"{figure}, {side}", _scientific(f"{figure}_{side}")) for side in ("ours", "plain") for figure in _FIGURES),
     ],
     "qwen3_8b": [
         _NAME,

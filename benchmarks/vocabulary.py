@@ -33,7 +33,7 @@ def benchmark(options: Options) -> None:
         runs: dict[str, list[Run]] = {side: [] for side in SIDES}
         for _ in range(options.pairs):
             for side in SIDES:
-                runs[side].append(harness.run_child("benchmarks.vocabulary", {**spec, "side": side}, options.threads))
+                runs[side].append(harness.run_child("benchmarks.vocabulary", {**spec, "side": side}, options))
         row = harness.comparison(spec, runs, options)
         row["peak_bytes_body"] = round(harness.median(runs["body"], "peak_bytes"))
         peaks = {side: row[f"peak_bytes_{side}"] for side in SIDES}

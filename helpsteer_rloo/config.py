@@ -129,7 +129,7 @@ class RLOOKnobs(EngineKnobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineKnobs(DataKnobs):
+class PipelineKnobs(EngineKnobs):
     """The whole run; any flag of a single stage can be given as --reward.FLAG or --rloo.FLAG."""
 
     name: str = _knob("helpsteer3", "Name of the run; its record goes to runs/NAME.")

@@ -113,10 +113,13 @@ def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str
     return (read_yaml(Path(file)), str(file)) if file else ({}, "configuration")
 
 
+_FOR_BOTH = ("model_name_or_path", "seed", "use_peft", "engine", "packed_tokens")
+
+
 def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, tuple[str, FlagValue]]:
     """What the pipeline hands down to a stage: for each of its flags, the main flag it comes from, and the value."""
     shared: dict[str, tuple[str, FlagValue]] = {f.name: (f.name, getattr(own, f.name)) for f in fields(DataKnobs)}
-    shared |= {name: (name, getattr(own, name)) for name in ("model_name_or_path", "seed", "use_peft")}
+    shared |= {name: (name, getattr(own, name)) for name in _FOR_BOTH}
     everything = own.output_dir
     reward_dir = own.reward_model_dir or (f"{everything}/reward_model" if everything else DEFAULT_REWARD_MODEL_DIR)
     policy_dir = own.policy_dir or (f"{everything}/policy" if everything else DEFAULT_POLICY_DIR)

@@ -21,7 +21,7 @@ from helpsteer_rloo.config import (
     PipelineKnobs,
     RLOOKnobs,
 )
-from helpsteer_rloo.demo import demo_settings
+from helpsteer_rloo.demo import demo_settings, parse_demo
 from helpsteer_rloo.flags import read_yaml, trl_flags, unknown_name
 from helpsteer_rloo.parsing import parse_command, parse_pipeline, pipeline_settings
 
@@ -142,6 +142,16 @@ def test_the_seeds_rloo_command_gives_the_documented_settings():
     assert settings.trl["per_device_train_batch_size"] == 2
     assert settings.trl["gradient_accumulation_steps"] == 8
     assert settings.trl["learning_rate"] == 1e-6
+
+
+def test_the_engine_is_chosen_for_both_stages_or_for_one():
+    both = parse_pipeline(["--engine", "trl", "--packed_tokens", "512"])
+    assert (both.reward.own.engine, both.rloo.own.engine) == ("trl", "trl")
+    assert (both.reward.own.packed_tokens, both.rloo.own.packed_tokens) == (512, 512)
+    one = parse_pipeline(["--rloo.engine", "trl"])
+    assert (one.reward.own.engine, one.rloo.own.engine) == ("packed", "trl")
+    demo = parse_demo(["--config", str(ROOT / "configs/demo.yaml"), "--engine", "trl"]).pipeline
+    assert (demo.reward.own.engine, demo.rloo.own.engine) == ("trl", "trl")
 
 
 def test_rloo_without_flags_has_the_seeds_defaults():
