@@ -13,7 +13,6 @@ from pathlib import Path
 def main(directory: str, ids_file: str, base_file: str) -> None:
     """Print the scores of the sequences in `ids_file`."""
     import torch
-    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
     base = json.loads(Path(base_file).read_text(encoding="utf-8"))
@@ -21,6 +20,8 @@ def main(directory: str, ids_file: str, base_file: str) -> None:
     if base["quantization"]:
         kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(base["quantization"])
     if (Path(directory) / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
         name = str(PeftConfig.from_pretrained(directory).base_model_name_or_path)
         revision = base["revision"] or "main"
         model = AutoModelForSequenceClassification.from_pretrained(name, revision=revision, **kwargs)
