@@ -1,5 +1,6 @@
 """Checks of settings against each other, made before any work: a mistake must not come out after hours of training."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
         ValueError: they do not, or a flag is out of range.
     """
     check_training(settings)
+    top_p = settings.trl.get("top_p")
+    if isinstance(top_p, (int, float)) and not 0 < top_p <= 1:
+        raise ValueError(f"--top_p is {top_p}; expected more than 0 and at most 1.")
+    if settings.trl.get("use_vllm") and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--use_vllm needs the package vllm, which is not installed here: pip install vllm.")
     own, trl, processes = settings.own, settings.trl, process_count()
     per_device, accumulation = int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"])
     completions = per_device * accumulation * own.num_mini_batches * processes

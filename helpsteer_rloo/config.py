@@ -59,13 +59,18 @@ class DataKnobs:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKnobs(DataKnobs):
-    """How passes are computed; the result is the same to float error."""
+    """How passes are computed: the same loss of the same batch to float error.
+
+    Batches of reward training differ: packed ones hold whole prompts, TRL's scattered pairs.
+    """
 
     engine: str = _knob(
         "packed", "'packed': rows without padding, each prompt computed once; 'trl': TRL's own passes, for comparison."
     )
     packed_tokens: int | None = _knob(
-        None, "Most tokens in one packed row (default: 4096, on a CPU 1024): less saves memory, more may save time."
+        None,
+        "Most tokens in one packed row (default: 4096, on a CPU 1024); a larger pair or group of completions "
+        "stands alone. Less saves memory, more may save time.",
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +120,9 @@ class RLOOKnobs(EngineKnobs):
         )
         for name in ("total_episodes", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "0 or more")
+        for name in ("missing_eos_penalty", "kl_coef"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.cliprange > 0, "cliprange", self.cliprange, "more than 0")
         _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
 
     def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:

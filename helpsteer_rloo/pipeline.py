@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.config import PipelineSettings, RewardKnobs, RLOOKnobs, Settings
+from helpsteer_rloo.config import DEFAULT_MODEL, DataKnobs, PipelineSettings, RewardKnobs, RLOOKnobs, Settings
 from helpsteer_rloo.console import results_table, say, show
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
@@ -27,11 +27,16 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     refuse_foreign(Path(settings.own.output_dir))
     with _only_process(run):
-        run_stages(
+        outputs = run_stages(
             run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say
         )
     say(f"The reward model is in {settings.own.output_dir}.")
-    say(f"Next: python rloo_helpsteer_training.py --reward_model_path {settings.own.output_dir}")
+    if not outputs["verification"]["better_than_chance"]:
+        say("WARNING: " + _weakness(outputs["verification"]) + "RLOO against it would train the policy on noise.")
+    given = _unlike_default(settings.own, ("dataset_name", "dataset_subset", "language", "thinking"))
+    given += f" --model_name_or_path {context.model}" if context.model != DEFAULT_MODEL else ""
+    given += " --use_peft" if settings.trl.get("use_peft") else ""
+    say(f"Next: python rloo_helpsteer_training.py --reward_model_path {settings.own.output_dir}{given}")
 
 
 def run_rloo(settings: Settings[RLOOKnobs]) -> None:
@@ -128,12 +133,7 @@ def _refuse_weak_reward_model(settings: PipelineSettings) -> None:
         )
     if heldout["better_than_chance"]:
         return
-    low, high = heldout["interval"]
-    message = (
-        "The reward model is not significantly better than chance: held-out accuracy "
-        f"{heldout['heldout_accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}, "
-        f"on {heldout['heldout_pairs']} pairs. "
-    )
+    message = _weakness(heldout)
     if settings.own.allow_weak_reward_model:
         say(message + "Going on, as --allow_weak_reward_model says.")
         return
@@ -141,6 +141,15 @@ def _refuse_weak_reward_model(settings: PipelineSettings) -> None:
         message + "RLOO would train the policy on noise. Look at: the sample predictions above; the number of pairs in "
         "data.json; how many pairs were cut to --max_length; the learning rate (--reward.learning_rate) and epochs "
         "(--reward_epochs). --allow_weak_reward_model goes on all the same."
+    )
+
+
+def _weakness(heldout: dict[str, Any]) -> str:
+    low, high = heldout["interval"]
+    return (
+        "The reward model is not significantly better than chance: held-out accuracy "
+        f"{heldout['heldout_accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}, "
+        f"on {heldout['heldout_pairs']} pairs. "
     )
 
 
@@ -172,7 +181,16 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
 def _say_next(settings: PipelineSettings, run: RunDir) -> None:
     say(f"All results: {run.summary}")
     if settings.own.reward_model_only:
-        say(f"Next: python train_pipeline.py --rloo_only --reward_model_dir {settings.rloo.own.reward_model_path}")
+        data = ("dataset_name", "dataset_subset", "language", "thinking")
+        given = _unlike_default(settings.own, (*data, "model_name_or_path", "use_peft", "output_dir"))
+        directory = settings.rloo.own.reward_model_path
+        say(f"Next: python train_pipeline.py --rloo_only --reward_model_dir {directory}{given}")
     else:
         say(f"Answers before and after, side by side: {run.samples}")
         say(f"The policy is in {settings.rloo.own.output_dir}; every rollout is in {settings.rloo.own.rollouts_dir}")
+
+
+def _unlike_default(knobs: DataKnobs, names: Sequence[str]) -> str:
+    """The flags among `names` that were given another value than their default, for a command line."""
+    changed = {name: getattr(knobs, name) for name in names if getattr(knobs, name) != getattr(type(knobs)(), name)}
+    return "".join(f" --{name}" + ("" if value is True else f" {value}") for name, value in changed.items())

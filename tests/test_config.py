@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpsteer_rloo.checks import check_rloo
 from helpsteer_rloo.config import (
     PIPELINE,
     REWARD,
@@ -447,6 +448,8 @@ def test_what_yaml_reads_as_a_boolean_is_no_text(write, refused):
         (RLOO, ["--total_episodes", "0"], "--total_episodes is 0; expected at least 1."),
         (RLOO, ["--num_ppo_epochs", "0"], "--num_ppo_epochs is 0; expected at least 1."),
         (RLOO, ["--num_mini_batches", "0"], "--num_mini_batches is 0; expected at least 1."),
+        (RLOO, ["--kl_coef", "-1"], "--kl_coef is -1.0; expected 0 or more."),
+        (RLOO, ["--cliprange", "0"], "--cliprange is 0.0; expected more than 0."),
         (RLOO, ["--missing_eos_penalty", "-1"], "--missing_eos_penalty is -1.0; expected 0 or more."),
         (RLOO, ["--response_length", "0"], "--response_length is 0; expected at least 1 token."),
     ],
@@ -758,3 +761,17 @@ def test_the_pipelines_own_flags_are_all_in_its_help():
     assert {flag.name for section in PIPELINE.flags().values() for flag in section} == {
         field.name for field in dataclasses.fields(PipelineKnobs)
     }
+
+
+@pytest.mark.parametrize("value", ["0", "2", "-0.5"])
+def test_top_p_outside_its_range_is_refused(value, refused):
+    assert "expected more than 0 and at most 1" in refused(rloo_checked, [f"--top_p={value}"])
+
+
+def test_vllm_that_is_not_installed_is_refused_before_any_work(refused, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install vllm" in refused(rloo_checked, ["--use_vllm", "true"])
+
+
+def rloo_checked(argv):
+    return parse_command(RLOO, argv, checks=[check_rloo])

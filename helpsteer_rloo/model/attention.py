@@ -9,7 +9,9 @@ attention with its own masks, so padded batches stay right.
 the fast ways there, and `attend_by_blocks` the plain one, for any other device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -161,9 +163,22 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
     model.set_attn_implementation(SHARED_PREFIX)
 
 
-def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """SDPA's mask for padded batches; none for a row without padding, where positions that restart mean `spans`."""
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
+@contextmanager
+def packed_pass() -> Generator[None]:
+    """Calls within are given `spans` or `cascade`, so that no mask is made of positions that restart."""
+    token = _PACKED_PASS.set(True)
+    try:
+        yield
+    finally:
+        _PACKED_PASS.reset(token)
+
+
+_PACKED_PASS = ContextVar("packed_pass", default=False)
+
+
+def _mask(**kwargs: Any) -> Tensor | None:
+    """SDPA's mask, for whoever calls the model as any other."""
+    return None if _PACKED_PASS.get() else sdpa_mask(**kwargs)
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)

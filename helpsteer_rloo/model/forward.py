@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.attention import SHARED_PREFIX, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
 from helpsteer_rloo.model.last_layer import narrow_last_layer
 from helpsteer_rloo.packing import PackedRow, pack, split_group
@@ -90,14 +90,15 @@ def packed_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int]) ->
     captured: list[Tensor] = []
     handle = body.register_forward_hook(lambda _module, _inputs, output: captured.append(output.last_hidden_state))
     try:
-        model(
-            input_ids=torch.tensor([row.input_ids], device=device),
-            position_ids=torch.tensor([row.position_ids], device=device),
-            spans=row.spans,
-            read=torch.tensor(sorted(set(positions)), dtype=torch.long, device=device),
-            use_cache=False,
-            **causal,
-        )
+        with packed_pass():
+            model(
+                input_ids=torch.tensor([row.input_ids], device=device),
+                position_ids=torch.tensor([row.position_ids], device=device),
+                spans=row.spans,
+                read=torch.tensor(sorted(set(positions)), dtype=torch.long, device=device),
+                use_cache=False,
+                **causal,
+            )
     finally:
         handle.remove()
     return captured[0][0].index_select(0, torch.tensor(positions, dtype=torch.long, device=device))

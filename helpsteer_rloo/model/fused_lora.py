@@ -28,7 +28,7 @@ def fuse_lora(model: nn.Module) -> int:
 
 def _is_plain(layer: LoraLinear) -> bool:
     base = cast(Any, layer).base_layer
-    return type(base) is nn.Linear and not base.weight.requires_grad and "forward" not in layer.__dict__
+    return type(base) is nn.Linear and "forward" not in layer.__dict__
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class FusedForward:
         2^-9 of the update, while the sum with x Wᵀ is rounded to 2^-9 of itself in either case.
         """
         layer = cast(Any, self.layer)
-        if layer.merged or args or kwargs:
-            return type(self.layer).forward(self.layer, x, *args, **kwargs)
         base = layer.base_layer
+        trained = any(parameter.requires_grad for parameter in base.parameters())
+        if layer.merged or trained or args or kwargs:
+            return type(self.layer).forward(self.layer, x, *args, **kwargs)
         if layer.disable_adapters:
             return base(x)
         name = self._only_adapter()

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from helpsteer_rloo.model.loading import Base, load_reward_model, read_reward_re
 REWARD_ADAPTER = "reward"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HEAD_WEIGHT = "base_model.model.score.weight"
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
 _HEADS = {"classifier", "score"}  # what PEFT saves in full under the task type SEQ_CLS, if the model has it
 
 
@@ -75,7 +77,10 @@ class RewardRole:
 
 
 def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:
-    """Whether a trained reward model is an adapter for the very base that a policy's adapter stands on.
+    """Whether a trained reward model is a plain adapter for the very base that a policy's adapter stands on.
+
+    Adapters that change the base's weights (PiSSA and the like), that need more than low-rank factors (DoRA), or that
+    reach beyond the decoder's layers are loaded apart.
 
     Args:
         policy: The policy, LoRA or not.
@@ -86,7 +91,16 @@ def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:
     if not isinstance(policy, PeftModel) or not record["adapter"] or Base(**record["base"]) != base:
         return False
     config = PeftConfig.from_pretrained(str(directory))
-    return isinstance(config, LoraConfig) and config.bias == "none" and set(config.modules_to_save or ()) <= _HEADS
+    if not (isinstance(config, LoraConfig) and all(map(_leaves_base_alone, [config, *policy.peft_config.values()]))):
+        return False
+    with safe_open(Path(directory) / _ADAPTER_WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if name != _HEAD_WEIGHT]  # noqa: SIM118 - it is no mapping
+    plain = all(".layers." in name and name.endswith(_FACTORS) for name in names)
+    return plain and config.bias == "none" and set(config.modules_to_save or ()) <= _HEADS
+
+
+def _leaves_base_alone(config: PeftConfig) -> bool:
+    return not isinstance(config, LoraConfig) or config.init_lora_weights in (True, False, "gaussian")
 
 
 def load_shared_reward(policy: PeftModel, directory: str | Path) -> RewardRole:
@@ -105,7 +119,11 @@ def load_shared_reward(policy: PeftModel, directory: str | Path) -> RewardRole:
     cast(Any, config).modules_to_save = None
     with _flags_kept(policy):
         policy.add_adapter(REWARD_ADAPTER, config)
-    _check_fit(policy, state, directory)
+    try:
+        _check_fit(policy, state, directory)
+    except ValueError:
+        policy.delete_adapter(REWARD_ADAPTER)
+        raise
     set_peft_model_state_dict(policy, state, adapter_name=REWARD_ADAPTER)
     device = next(base_model(policy).parameters()).device
     head = nn.Linear(head_weight.shape[1], 1, bias=False, device=device, dtype=head_weight.dtype)

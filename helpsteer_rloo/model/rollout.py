@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from helpsteer_rloo.model.attention import SHARED_PREFIX, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.cascade import Decode, read_prompts
 from helpsteer_rloo.model.drawing import draw, widest_float
 from helpsteer_rloo.model.light_linears import light_linears
@@ -133,10 +133,11 @@ def sample_groups(
         For each prompt one completion a seed, in the order of `seeds`.
 
     Raises:
-        ValueError: a prompt is empty, `rows` is not positive, or the model returns something that is not a number.
+        ValueError: a prompt is empty, `rows` or the length is not positive, or the model returns something that is no
+            number.
     """
-    if rows < 1 or not all(prompts):
-        raise ValueError("Sampling needs at least one row, and at least one token in every prompt.")
+    if rows < 1 or sampling.max_new_tokens < 1 or not all(prompts):
+        raise ValueError("Sampling needs at least one row, one new token, and one token in every prompt.")
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     results: dict[tuple[int, int], Completion] = {}
     with torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))):
@@ -174,7 +175,7 @@ def _ready_to_decode(inner: Any, rows: int) -> Generator[None]:
         inner.eval()
         if attention != SHARED_PREFIX:
             use_shared_prefix(inner)
-        with torch.autocast(inner.device.type, enabled=False), light_linears((body, head), rows):
+        with torch.autocast(inner.device.type, enabled=False), light_linears((body, head), rows), packed_pass():
             yield
     finally:
         for module, mode in modes.items():

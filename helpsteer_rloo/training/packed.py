@@ -35,6 +35,10 @@ def set_up_packing(trainer: Trainer) -> str | None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "virtual tokens"
+    if trainer.args.neftune_noise_alpha is not None:
+        return "NEFTune's noise, which is scaled by the length of a sequence"
+    if getattr(base_model(model).config, "attention_dropout", 0):
+        return "dropout in attention"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}"
     fuse_lora(model)

@@ -23,12 +23,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairRow:
-    """A packed row with the places of its pairs among the row's continuations.
+    """A packed row with its pairs: their `places` in the batch, and those of their two among the row's continuations.
 
     `pair_tokens` counts the tokens of the pairs' sequences one by one, what is shared as often as it stands in one.
     """
 
     row: PackedRow
+    places: list[int]
     chosen: list[int]
     rejected: list[int]
     margins: list[float] | None
@@ -59,34 +60,42 @@ class _Bundle:
 
     sequences: dict[tuple[int, ...], int]
     pairs: list[Pair]
+    places: list[int]
 
-    def joined_by(self, pair: Pair) -> "_Bundle":
+    def joined_by(self, pair: Pair, place: int) -> "_Bundle":
         sequences = dict.fromkeys([*self.sequences, pair.chosen, pair.rejected])
-        return _Bundle({sequence: place for place, sequence in enumerate(sequences)}, [*self.pairs, pair])
+        numbered = {sequence: number for number, sequence in enumerate(sequences)}
+        return _Bundle(numbered, [*self.pairs, pair], [*self.places, place])
 
     def group(self) -> TokenGroup:
         return group_sequences(list(self.sequences))
 
 
 def pack_pairs(pairs: Sequence[Pair], tokens: int | None) -> list[PairRow]:
-    """Pack pairs into rows of at most `tokens` tokens; pairs on one prompt that are more go into several rows."""
-    by_prompt: dict[object, list[Pair]] = {}
+    """Pack pairs into rows of at most `tokens` tokens; pairs on one prompt that are more go into several rows.
+
+    Raises:
+        ValueError: some of the pairs have a margin and others none.
+    """
+    if len({pair.margin is None for pair in pairs}) > 1:
+        raise ValueError("Some pairs of a batch have a `margin` and others none; give every pair one, or no pair.")
+    by_prompt: dict[object, list[tuple[int, Pair]]] = {}
     for place, pair in enumerate(pairs):
-        by_prompt.setdefault(("alone", place) if pair.group is None else pair.group, []).append(pair)
+        by_prompt.setdefault(("alone", place) if pair.group is None else pair.group, []).append((place, pair))
     bundles = [bundle for same in by_prompt.values() for bundle in _bundles(same, tokens)]
     groups = [bundle.group() for bundle in bundles]
     rows = pack(groups, tokens=tokens)
     return [_pair_row([bundles[i] for i in row], [groups[i] for i in row]) for row in rows]
 
 
-def _bundles(pairs: Sequence[Pair], tokens: int | None) -> Iterator[_Bundle]:
+def _bundles(pairs: Sequence[tuple[int, Pair]], tokens: int | None) -> Iterator[_Bundle]:
     """The pairs of one prompt together; once they are over the budget, a new bundle begins."""
-    bundle = _Bundle({}, [])
-    for pair in pairs:
-        larger = bundle.joined_by(pair)
+    bundle = _Bundle({}, [], [])
+    for place, pair in pairs:
+        larger = bundle.joined_by(pair, place)
         if bundle.pairs and tokens is not None and token_count(larger.group()) > tokens:
             yield bundle
-            larger = _Bundle({}, []).joined_by(pair)
+            larger = _Bundle({}, [], []).joined_by(pair, place)
         bundle = larger
     yield bundle
 
@@ -100,9 +109,10 @@ def _pair_row(bundles: Sequence[_Bundle], groups: Sequence[TokenGroup]) -> PairR
         rejected += [start + bundle.sequences[pair.rejected] for pair in bundle.pairs]
         start += len(bundle.sequences)
     pairs = [pair for bundle in bundles for pair in bundle.pairs]
+    places = [place for bundle in bundles for place in bundle.places]
     margins = [pair.margin for pair in pairs if pair.margin is not None]
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    return PairRow(PackedRow(tuple(groups)), chosen, rejected, margins if len(margins) == len(pairs) else None, tokens)
+    return PairRow(PackedRow(tuple(groups)), places, chosen, rejected, margins or None, tokens)
 
 
 class GroupSampler(Sampler[int]):

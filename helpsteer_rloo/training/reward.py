@@ -35,11 +35,12 @@ class RewardConfig(trl.RewardConfig):
 
 
 class RewardTrainer(trl.RewardTrainer):
-    """TRL's `RewardTrainer`, same arguments, with four differences.
+    """TRL's `RewardTrainer`, same arguments, with five differences.
 
     - Pairs are computed in packed rows: no padding, the prompt once for both responses, and for all pairs that share a
       value in the column `group`, if the data set has one. Loss and gradients are TRL's to float error; only where the
       batches of one optimizer step differ in size does every pair count alike, instead of every batch.
+    - With a column `group`, a shuffled batch holds whole prompts, as far as their sizes allow; TRL scatters their pairs.
     - The scalar head is trained and saved whatever the `peft_config` says: its task type becomes `SEQ_CLS`. (TRL 1.16
       leaves the head frozen and unsaved without a task type, and crashes on `CAUSAL_LM`.)
     - Under bf16 the trained weights of a LoRA run, the head among them, are kept in float32. (PEFT leaves the head in
@@ -128,7 +129,10 @@ class RewardTrainer(trl.RewardTrainer):
         self._unlogged.append((rewards_P2, sum(pairs.pair_tokens for pairs in batch.rows)))
         if not model.training or self.accelerator.sync_gradients:
             self._log_pairs()
-        return (loss, {"logits": torch.cat(rewards)}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        places = torch.tensor([place for pairs in batch.rows for place in pairs.places], device=loss.device)
+        return loss, {"logits": torch.cat(rewards)[places.argsort()]}
 
     def _row_loss(self, model: Any, pairs: PairRow, weight: float, rewards: list[Tensor]) -> Tensor:
         head = scalar_head(self.accelerator.unwrap_model(model))[1]

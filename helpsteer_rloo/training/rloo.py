@@ -73,6 +73,9 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if ours and ours.engine == "trl":
             return None
         obstacle = "images" if self._is_vlm else "a balancing loss of experts" if self.aux_loss_enabled else None
+        args = cast(Any, self.args)
+        if args.steps_per_generation % args.gradient_accumulation_steps:
+            obstacle = "steps_per_generation that is no multiple of gradient_accumulation_steps"
         obstacle = obstacle or set_up_packing(self)
         if obstacle is not None:
             self._fall_back(f"packed rows cannot be used with {obstacle}")
@@ -136,6 +139,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         args = cast(trl.RLOOConfig, self.args)
         return bool(
             self.use_vllm
+            or self.max_completion_length is None
             or self.use_transformers_continuous_batching
             or args.generation_kwargs
             or args.cache_implementation

@@ -21,7 +21,14 @@ def build_args(config_class: type[Args], settings: Settings[Knobs], **fixed: Any
     values = {key: value for key, value in settings.trl.items() if key in names}
     if not values.get("fp16"):
         values.setdefault("bf16", has_bf16())
-    return config_class(**{**values, **fixed})
+    try:
+        return config_class(**{**values, **fixed})
+    except ValueError as error:
+        if "bf16" not in str(error):
+            raise
+        raise ValueError(
+            "--bf16 true needs a GPU with bfloat16. Leave the flag out, or give --use_cpu true to use it on a CPU."
+        ) from error
 
 
 @dataclass(frozen=True)

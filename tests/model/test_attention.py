@@ -237,3 +237,16 @@ def test_what_only_other_attention_knows_is_refused(given):
         shared_prefix_attention(
             torch.nn.Module(), *draw(EDGES["mixed"]), None, dropout=0.1, sliding_window=4, softcap=None, **given
         )
+
+
+def test_a_prepared_model_serves_all_other_calls_as_before(model):
+    """A cache and several new tokens without a mask, and rows of several sequences without padding."""
+    ids, other = torch.randint(3, 60, (1, 9)), torch.randint(3, 60, (1, 4))
+    whole, alone = model(input_ids=ids).logits, model(input_ids=other).logits
+    model.eval()
+    use_shared_prefix(model)
+    cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+    torch.testing.assert_close(model(input_ids=ids[:, 5:], past_key_values=cache).logits, whole[:, 5:])
+    positions = torch.tensor([[*range(9), *range(4)]])
+    both = model(input_ids=torch.cat([ids, other], dim=1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(both, torch.cat([whole, alone], dim=1))

@@ -145,3 +145,28 @@ def test_light_layers_take_the_place_of_fused_ones_for_a_while(tiny_base):
             light = model(input_ids=IDS).logits
     torch.testing.assert_close(light, expected, rtol=1e-4, atol=1e-5)
     assert all(isinstance(m.__dict__["forward"], FusedForward) for m in model.modules() if type(m) is LoraLinear)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_of_the_base_move(bias):
+    """PEFT's forward is used where anything of the base is trained, also if it was set free after fusing."""
+    torch.manual_seed(0)
+
+    def net():
+        model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"], bias=bias))
+        return model.double()
+
+    stock = net()
+    fused = copy.deepcopy(stock)
+    assert fuse_lora(fused) == 1
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for free in (False, True):
+        for model in (stock, fused):
+            model.base_model.model[0].base_layer.weight.requires_grad_(free)
+            model.zero_grad()
+            model(x).square().sum().backward()
+        for (name, ours), theirs in zip(fused.named_parameters(), stock.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    assert fused.base_model.model[0].base_layer.bias.grad is not None

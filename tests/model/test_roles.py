@@ -179,3 +179,40 @@ def test_a_model_of_its_own_needs_no_adapter(tiny_base):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1).eval()
     assert len(flat(RewardRole(model).score(GROUPS, 2))) == 5
+
+
+def saved_with(tiny_base, directory, **changes):
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1)
+    config = {"task_type": "SEQ_CLS", "r": 4, "target_modules": "all-linear", **changes}
+    get_peft_model(model, LoraConfig(**config)).save_pretrained(directory)
+    record = {"base": {"name": str(tiny_base)}, "adapter": True, "thinking": False, "rendering": {}, "base_model": ""}
+    write_json(directory / REWARD_MODEL_RECORD, record)
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    "changes", [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_adapters_that_are_not_plain_are_loaded_apart(tiny_base, tmp_path, policy, changes):
+    assert not can_share(policy, Base(str(tiny_base)), saved_with(tiny_base, tmp_path / "reward", **changes))
+
+
+def test_no_base_is_shared_with_a_policy_whose_adapter_changed_it(tiny_base, reward_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa")
+    assert not can_share(get_peft_model(base, config), Base(str(tiny_base)), reward_dir)
+
+
+def test_a_refused_adapter_leaves_nothing_behind(policy, reward_dir):
+    weights = reward_dir / "adapter_model.safetensors"
+    good = load_file(weights)
+    save_file({name: tensor for name, tensor in good.items() if "down_proj" not in name}, weights)
+    before = snapshot(policy)
+    with pytest.raises(ValueError, match="do not fit the base"):
+        load_shared_reward(policy, reward_dir)
+    assert list(policy.peft_config) == ["default"]
+    assert all(torch.equal(before[name], p) for name, p in policy.named_parameters())
+    save_file(good, weights)
+    assert load_shared_reward(policy, reward_dir).adapter == REWARD_ADAPTER

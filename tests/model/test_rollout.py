@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -246,10 +247,12 @@ def test_an_attention_that_is_set_already_stays_set(model):
 
 
 def test_what_cannot_be_sampled_is_refused(model):
-    with pytest.raises(ValueError, match="at least one token in every prompt"):
+    with pytest.raises(ValueError, match="one token in every prompt"):
         sample_groups(model, [[3], []], [[0], [1]], FREE, rows=4)
     with pytest.raises(ValueError, match="at least one row"):
         sample_groups(model, [[3]], [[0]], FREE, rows=0)
+    with pytest.raises(ValueError, match="one new token"):
+        sample_groups(model, [[3]], [[0]], replace(FREE, max_new_tokens=0), rows=1)
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not numbers"):
         sample_groups(model, [[3]], [[0]], FREE, rows=4)

@@ -219,3 +219,34 @@ def test_dealing_keeps_the_order_and_fills_the_last_hand(units, hands):
     assert len(dealt) == hands
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
     assert dealt[-1] or not units
+
+
+def test_predictions_come_in_the_order_of_the_data(tiny_base, tokenizer, tmp_path):
+    """Pairs on one prompt that are apart in a batch are computed together, and put back."""
+    rows = [pair for pair in pair_rows(3, prompts=6) if pair["group"] < 3]
+    apart = sorted(rows, key=lambda row: rows.index(row) % 3)
+    assert [row["group"] for row in apart] != sorted(row["group"] for row in apart)
+    trainer = make_trainer(RewardTrainer, tiny_base, tokenizer, tmp_path, apart, per_device_eval_batch_size=len(apart))
+    together = trainer.predict(trainer.train_dataset).predictions
+    alone = [trainer.predict(trainer.train_dataset.select([i])).predictions[0].tolist() for i in range(len(apart))]
+    torch.testing.assert_close(torch.tensor(together).double(), torch.tensor(alone).double())
+
+
+def test_margins_for_some_pairs_only_are_refused():
+    pairs = [Pair((1, 2), (1, 3), margin=1.0), Pair((1, 4), (1, 5))]
+    with pytest.raises(ValueError, match="others none"):
+        pack_pairs(pairs, None)
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"neftune_noise_alpha": 5.0}, "NEFTune"), ({}, "dropout in attention")])
+def test_what_depends_on_padding_or_attention_weights_is_left_to_trl(
+    tiny_base, tokenizer, tmp_path, changes, name, monkeypatch
+):
+    if not changes:
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, attention_dropout=0.1)
+        monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *_, **__: model.double())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(RewardTrainer, tiny_base, tokenizer, tmp_path, pair_rows(3), max_steps=1, **changes)
+    assert [name in str(w.message) for w in caught if "TRL's own path" in str(w.message)] == [True]
+    trainer.train()

@@ -209,3 +209,16 @@ def test_another_architecture_is_left_to_trl_with_one_warning(tiny_base, tokeniz
         trainer.train()
     messages = [str(w.message) for w in caught if "TRL's own path" in str(w.message)]
     assert messages == ["Using TRL's own path: packed rows cannot be used with the architecture of Qwen3ForCausalLM."]
+
+
+def test_batches_of_less_than_an_optimizer_step_are_left_to_trl(tiny_base, tokenizer, tmp_path, exact):
+    changes = {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = build(RLOOTrainer, tiny_base, tokenizer, tmp_path, **changes)
+    assert any("no multiple of gradient_accumulation_steps" in str(w.message) for w in caught)
+    theirs = build(trl.RLOOTrainer, tiny_base, tokenizer, tmp_path, **changes)
+    for trainer in (ours, theirs):
+        trainer.train()
+    for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
