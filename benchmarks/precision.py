@@ -54,7 +54,7 @@ def _differences(shape: Any, dtype: Any, groups: Any, seed: int) -> dict[str, di
 
     from benchmarks import models
     from helpsteer_rloo.model.forward import prepare_packed
-    from helpsteer_rloo.model.fused_lora import fuse_lora
+    from helpsteer_rloo.model.fused_linears import fuse_linears
     from helpsteer_rloo.model.fused_norms import fuse_norms
 
     model = get_peft_model(models.make_policy(shape, dtype, seed), models.make_lora("CAUSAL_LM"))
@@ -67,7 +67,7 @@ def _differences(shape: Any, dtype: Any, groups: Any, seed: int) -> dict[str, di
     exact = _results(copy.deepcopy(model).double(), groups, head, _plain)
     plain = _results(copy.deepcopy(model), groups, head, _plain)
     prepare_packed(model)
-    fuse_lora(model)
+    fuse_linears(model)
     fuse_norms(model)
     ours = _results(model, groups, head, _packed)
     return {

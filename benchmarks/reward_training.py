@@ -78,20 +78,20 @@ def measure(spec: Spec) -> Run:
 
     imports_bytes = measure.resident_bytes()
     shape, dtype = (models.TINY if spec["quick"] else models.STANDARD), getattr(torch, spec["dtype"])
-    gemm = [measure.gemm_flops(dtype, _gemm_size(spec))]
+    rates = [measure.gemm_rates(dtype, _gemm_size(spec))]
     model = models.make_reward_model(shape, dtype, spec["seed"])
     model_bytes = measure.resident_bytes()
     steps = _steps(spec)
     with tempfile.TemporaryDirectory() as directory:
         trainer = _trainer(spec, model, steps, directory)
         result = measure.run(trainer, [model], measure.Clock(dict(PHASES)), warm_up=1)
-    gemm.append(measure.gemm_flops(dtype, _gemm_size(spec)))
+    rates.append(measure.gemm_rates(dtype, _gemm_size(spec)))
     work = sum((_work(step) for step in steps[1:]), models.Work())
     forward = models.forward_flops(shape, work) / spec["steps"]
     return result | {
         "imports_bytes": imports_bytes,
         "model_bytes": model_bytes,
-        "gemm_flops": gemm,
+        **measure.joined(rates),
         "copy_bytes_per_second": measure.copy_bytes_per_second(),
         "flops": forward + models.backward_flops(shape, work) / spec["steps"],
         "recomputed_flops": forward if spec["checkpointing"] else 0,

@@ -134,7 +134,7 @@ def needed(spec: Spec, shape: Shape, prompts: Sequence[int], result: Run) -> Run
     """FLOPs that a step needs, each prompt computed once, by pass and as a share of the measured GEMM rate.
 
     The floor of sampling is the prompts' forward pass, and for every new token of all rows at once the longer of
-    reading all weights once (at the measured rate of copying) and computing (at the measured GEMM rate).
+    reading all weights once (at the measured rate of copying) and computing (at the fastest GEMM rate measured).
     """
     steps, gemm = spec["steps"], statistics.mean(result["gemm_flops"])
     work = sum((Work.of_group(prompt, [spec["completion"]] * spec["k"]) for prompt in prompts), Work())
@@ -155,7 +155,7 @@ def needed(spec: Spec, shape: Shape, prompts: Sequence[int], result: Run) -> Run
 
 
 def _sampling_floor(spec: Spec, shape: Shape, prompts: Sequence[int], result: Run) -> float:
-    gemm, rows = statistics.mean(result["gemm_flops"]), spec["groups"] * spec["k"]
+    gemm, rows = statistics.mean(result["fastest_gemm_flops"]), spec["groups"] * spec["k"]
     prefill = sum((Work.of_group(prompt, []) for prompt in prompts), Work())
     weights = shape.body_parameters() + shape.hidden * shape.vocabulary
     itemsize = getattr(torch, spec["dtype"]).itemsize

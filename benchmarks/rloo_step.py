@@ -100,8 +100,11 @@ def _checks(runs: dict[str, list[Run]]) -> dict[str, Any]:
 def _utilization(ours: list[Run]) -> dict[str, Any]:
     """Of our runs: share of the GEMM rate by pass, and sampling against its floor."""
     floor = harness.median(ours, "sampling_floor")
+    by_pass = harness.medians(ours, "phase_flops_fraction")
+    share = harness.share_of_fastest(ours)
     return {
-        "phase_flops_fraction_of_gemm_peak": harness.medians(ours, "phase_flops_fraction"),
+        "phase_flops_fraction_of_gemm_peak": by_pass,
+        "phase_flops_fraction_of_fastest_gemm": {phase: value * share for phase, value in by_pass.items()},
         "sampling_floor_seconds": floor,
         "sampling_over_floor": harness.medians(ours, "phase_seconds")["sampling"] / floor,
     }
@@ -116,7 +119,7 @@ def measure(spec: Spec) -> Run:
     imports_bytes = measure.resident_bytes()
     shape, dtype = getattr(models, spec["shape"]), getattr(torch, spec["dtype"])
     gemm_size = 256 if spec["quick"] else 2048
-    gemm = [measure.gemm_flops(dtype, gemm_size)]
+    rates = [measure.gemm_rates(dtype, gemm_size)]
     prompts = _prompts(spec, shape)
     with tempfile.TemporaryDirectory() as directory:
         policy, reward = rloo_parts.make_models(spec, shape, dtype, directory)
@@ -126,11 +129,11 @@ def measure(spec: Spec) -> Run:
             rloo_parts.force_completions(trainer, shape, spec)
         clock = measure.Clock(rloo_parts.phases(spec["side"]))
         result = measure.run(trainer, [policy, reward], clock, warm_up=1)
-    gemm.append(measure.gemm_flops(dtype, gemm_size))
+    rates.append(measure.gemm_rates(dtype, gemm_size))
     common = {
         "imports_bytes": imports_bytes,
         "model_bytes": model_bytes,
-        "gemm_flops": gemm,
+        **measure.joined(rates),
         "copy_bytes_per_second": measure.copy_bytes_per_second(),
         "versions": measure.versions(),
     }

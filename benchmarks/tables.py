@@ -48,6 +48,11 @@ def _phases(row: Row) -> str:
     return ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in sorted(row["phase_seconds_ours"].items()))
 
 
+def _passes(row: Row) -> str:
+    both = [row.get(f"phase_flops_fraction_of_{rate}", {}) for rate in ("gemm_peak", "fastest_gemm")]
+    return ", ".join(f"{name} {value:.0%} ({both[1][name]:.0%})".replace("%", " %") for name, value in both[0].items())
+
+
 def _short_name(row: Row) -> str:
     return row["name"].split("/", 1)[1]
 
@@ -68,12 +73,17 @@ _WORK: list[Column] = [
     ("tokens TRL", _number("tokens_trl", digits=0)),
     ("of GEMM rate", _percent("flops_fraction_of_gemm_peak")),
     ("with recomputation", _percent("flops_fraction_with_recomputation")),
+    ("of fastest GEMM", _percent("flops_fraction_of_fastest_gemm")),
 ]
 _FIGURES = ("largest", "mean")
 _COMPARISON: list[Column] = [_NAME, *_TIMES, *_MEMORY, *_WORK]
 COLUMNS: dict[str, list[Column]] = {
     "reward_training": _COMPARISON,
-    "rloo_step": [*_COMPARISON, ("sampling over floor", _number("sampling_over_floor", suffix="×"))],
+    "rloo_step": [
+        *_COMPARISON,
+        ("by pass, of GEMM rate (of fastest GEMM)", _passes),
+        ("sampling over floor", _number("sampling_over_floor", suffix="×")),
+    ],
     "growth-k": _COMPARISON,
     "growth-prompt": _COMPARISON,
     "growth-groups": _COMPARISON,
@@ -124,8 +134,10 @@ def _circumstances(rows: Sequence[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items())
     text = f"Threads {', '.join(map(str, threads))}; seed {', '.join(map(str, seeds))}; {versions}"
-    rates = [rate / 1e9 for row in rows for rate in row.get("gemm_flops_range", [])]
-    return f"{text}; GEMM {min(rates):.0f}–{max(rates):.0f} GFLOP/s." if rates else f"{text}."
+    for name, key in (("GEMM", "gemm_flops_range"), ("fastest GEMM", "fastest_gemm_flops_range")):
+        rates = [rate / 1e9 for row in rows for rate in row.get(key, [])]
+        text += f"; {name} {min(rates):.0f}–{max(rates):.0f} GFLOP/s" if rates else ""
+    return f"{text}."
 
 
 def fill(document: str, rows: dict[str, list[Row]]) -> str:

@@ -154,6 +154,37 @@ def pack(
     return rows
 
 
+def cheapest_runs(sizes: Sequence[tuple[int, int, int]], run_cost: int) -> list[range]:
+    """Cut a sequence into runs whose members are padded to the largest of their run, where that costs least.
+
+    Args:
+        sizes: Of each element the number of members, and two lengths; a run costs its members times its two greatest
+            lengths.
+        run_cost: What a run costs besides.
+
+    Returns:
+        Indices of the elements of each run, in order.
+
+    >>> cheapest_runs([(1, 900, 1), (1, 850, 1), (3, 100, 1)], run_cost=50)
+    [range(0, 2), range(2, 3)]
+    """
+    best = [(0, 0)]  # of the first elements: their least cost, and where their last run begins
+    for stop in range(1, len(sizes) + 1):
+        members = width = height = 0
+        options: list[tuple[int, int]] = []
+        for first in reversed(range(stop)):
+            more, *lengths = sizes[first]
+            members, width, height = members + more, max(width, lengths[0]), max(height, lengths[1])
+            options.append((best[first][0] + run_cost + members * width * height, first))
+        best.append(min(options))
+    runs: list[range] = []
+    stop = len(sizes)
+    while stop:
+        runs.append(range(best[stop][1], stop))
+        stop = best[stop][1]
+    return runs[::-1]
+
+
 def group_sequences(sequences: Sequence[tuple[int, ...]]) -> TokenGroup:
     """Sequences that begin alike as one group: their longest common prefix is the prompt.
 

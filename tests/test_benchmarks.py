@@ -22,6 +22,8 @@ KEYS = {
     "tokens_trl",
     "flops_fraction_of_gemm_peak",
     "gemm_flops",
+    "fastest_gemm_flops",
+    "flops_fraction_of_fastest_gemm",
     "pair_ratios",
     "seed",
     "threads",
@@ -187,7 +189,11 @@ def line(name, **changes):
         "tokens_trl": 45_678.0,
         "flops_fraction_of_gemm_peak": 0.471,
         "flops_fraction_with_recomputation": 0.671,
+        "flops_fraction_of_fastest_gemm": 0.298,
+        "phase_flops_fraction_of_gemm_peak": {"policy": 0.75},
+        "phase_flops_fraction_of_fastest_gemm": {"policy": 0.5},
         "gemm_flops_range": [140e9, 150e9],
+        "fastest_gemm_flops_range": [210e9, 240e9],
         "threads": 2,
         "seed": 0,
         "quick": False,
@@ -196,7 +202,7 @@ def line(name, **changes):
     return json.dumps(row | changes)
 
 
-ROW = "| 2048-distinct | 2.00 | 7.00 | 3.50× | 3.40–3.75 | 1.00 | 2.50 | 12,345 | 45,678 | 47.1 % | 67.1 % |"
+ROW = "| 2048-distinct | 2.00 | 7.00 | 3.50× | 3.40–3.75 | 1.00 | 2.50 | 12,345 | 45,678 | 47.1 % | 67.1 % | 29.8 % |"
 
 
 def test_tables_are_put_between_their_markers(tmp_path):
@@ -215,7 +221,8 @@ def test_tables_are_put_between_their_markers(tmp_path):
     first, second = filled.split("between")
     assert first.startswith("Before\n\n<!-- benchmarks: reward_training -->\n| ")
     assert [cells for cells in first.splitlines() if "2048" in cells or "4096" in cells] == [ROW]
-    assert "Threads 2; seed 0; python 3.11.7, trl 1.16.0; GEMM 140–150 GFLOP/s.\n<!-- end -->" in first
+    rates = "GEMM 140–150 GFLOP/s; fastest GEMM 210–240 GFLOP/s"
+    assert f"Threads 2; seed 0; python 3.11.7, trl 1.16.0; {rates}.\n<!-- end -->" in first
     assert second == f"\n\n{marks.format('growth-k')}after\n"
     tables.main([str(results), str(document)])
     assert document.read_text(encoding="utf-8") == filled
@@ -225,6 +232,11 @@ def test_tables_are_put_between_their_markers(tmp_path):
 def test_every_benchmark_has_a_table(name):
     rows = tables.read_rows([line(f"{name}/row", phase_seconds_ours={"backward": 1.0})])
     assert "| row |" in tables.table(name, rows[name])
+
+
+def test_the_share_of_the_gemm_rate_is_given_by_pass():
+    rows = tables.read_rows([line("rloo_step/row")])
+    assert "policy 75 % (50 %)" in tables.table("rloo_step", rows["rloo_step"])
 
 
 def test_a_benchmark_without_markers_and_unknown_markers_are_refused():

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.packing import PackedRow, group_sequences, pack, split_group, token_count
+from helpsteer_rloo.packing import PackedRow, cheapest_runs, group_sequences, pack, split_group, token_count
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)
 token_groups = st.builds(TokenGroup, st.just(()), ids, st.lists(ids, min_size=1, max_size=5).map(tuple))
@@ -76,3 +76,21 @@ def test_a_group_of_sequences_holds_them_all(sequences):
     group = group_sequences(sequences)
     assert [group.sequence(i) for i in range(len(sequences))] == sequences
     assert all(group.continuation_ids)
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 6)] * 3), max_size=9), st.integers(0, 30))
+def test_runs_cover_a_sequence_at_the_least_cost(sizes, run_cost):
+    def cost(runs):
+        members = (sum(sizes[i][0] for i in run) for run in runs)
+        lengths = (max(sizes[i][1] for i in run) * max(sizes[i][2] for i in run) for run in runs)
+        return len(runs) * run_cost + sum(count * area for count, area in zip(members, lengths, strict=True))
+
+    def all_cuts(first=0):
+        if first == len(sizes):
+            yield []
+        for stop in range(first + 1, len(sizes) + 1):
+            yield from ([range(first, stop), *rest] for rest in all_cuts(stop))
+
+    runs = cheapest_runs(sizes, run_cost)
+    assert [i for run in runs for i in run] == list(range(len(sizes)))
+    assert cost(runs) == min(map(cost, all_cuts()))

@@ -8,6 +8,7 @@ prompt's places among rows (the most rows that a prompt has), H the key heads, Q
 head size, and T in a cache its tokens.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -16,19 +17,21 @@ from torch import Tensor, nn
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import shared_prefix_attention
-from helpsteer_rloo.packing import PackedRow, Span, pack
+from helpsteer_rloo.packing import PackedRow, Span, cheapest_runs, pack
 
 ROW_TOKENS = 2048
 """Tokens of prompts that are read in one pass (a longer prompt alone); larger buffers only cost page faults."""
+BLOCK_COST = 512
+"""What computing some prompts apart from others costs in each step, in tokens of padding."""
 FIRST_TOKENS = 128
 """Tokens that a row's own cache has room for at first; it is doubled when it is full."""
 
 
 class Prefill:
-    """Attention over packed prompts, which keeps their keys and values, each padded to the longest of all.
+    """Attention over packed prompts, which keeps their keys and values, padded among those of about one length.
 
-    `caches` has for every layer the keys `[G, H, E, T]`, lying as the product with queries reads them, and the values
-    `[G, H, T, E]`.
+    `caches` has for every run of such prompts and every layer the keys `[G, H, E, T]`, lying as the product with
+    queries reads them, and the values `[G, H, T, E]`.
 
     Args:
         lengths: Tokens of every prompt of the batch; `spans` says which of them are in the row at hand.
@@ -36,8 +39,10 @@ class Prefill:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
+        self.runs = cheapest_runs([(1, length, 1) for length in lengths], BLOCK_COST)
+        self.caches: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in self.runs]
+        self._places = [(number, place) for number, run in enumerate(self.runs) for place in range(len(run))]
         self._first, self._spans = 0, tuple[Span, ...]()
-        self.caches: dict[int, tuple[Tensor, Tensor]] = {}
 
     def read(self, first: int, spans: tuple[Span, ...]) -> None:
         """Take the next row: prompts `first` and following, lying at `spans`."""
@@ -46,13 +51,14 @@ class Prefill:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Attention of every prompt to itself, `[1, T, heads, head size]`."""
         index = cast(int, module.layer_idx)
-        if index not in self.caches:
-            outer, longest, size = (len(self.lengths), key.shape[1]), max(self.lengths), key.shape[3]
-            self.caches[index] = key.new_zeros(*outer, size, longest), value.new_zeros(*outer, longest, size)
-        keys_GHET, values_GHTE = self.caches[index]
-        for number, span in enumerate(self._spans, self._first):
-            keys_GHET[number, :, :, : span.prompt] = key[0, :, span.start : span.end].transpose(1, 2)
-            values_GHTE[number, :, : span.prompt] = value[0, :, span.start : span.end]
+        for (number, place), span in zip(self._places[self._first :], self._spans, strict=False):
+            run, caches = self.runs[number], self.caches[number]
+            if index not in caches:
+                outer, longest, size = (len(run), key.shape[1]), max(self.lengths[i] for i in run), key.shape[3]
+                caches[index] = key.new_zeros(*outer, size, longest), value.new_zeros(*outer, longest, size)
+            keys_GHET, values_GHTE = caches[index]
+            keys_GHET[place, :, :, : span.prompt] = key[0, :, span.start : span.end].transpose(1, 2)
+            values_GHTE[place, :, : span.prompt] = value[0, :, span.start : span.end]
         return shared_prefix_attention(module, query, key, value, None, spans=self._spans, scaling=scaling)[0]
 
 
@@ -79,7 +85,7 @@ class Decode:
     """Attention of one new token a row to the row's prompt and to the tokens drawn since, in one softmax.
 
     The rows of a prompt stand next to each other. Their queries meet the prompt's keys in one product, so that these
-    are read once a step and not once a row.
+    are read once a step and not once a row. Prompts of about one length are computed together, as a `_Block`.
 
     Args:
         prefill: The prompts' keys and values, which are taken over.
@@ -88,38 +94,18 @@ class Decode:
     """
 
     def __init__(self, prefill: Prefill, groups: Sequence[int], most: int) -> None:
-        self._prompts = prefill.caches
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
         self._most = most
         self._step = -1
-        self._lengths, self._groups = list(prefill.lengths), list(groups)
-        self._arrange()
+        counts = Counter(groups)
+        self._blocks = [
+            _Block(caches, [prefill.lengths[group] for group in run], [counts[group] for group in run])
+            for run, caches in zip(prefill.runs, prefill.caches, strict=True)
+        ]
+        self._lengths_R1 = self._positions()
 
-    def _arrange(self) -> None:
-        """Index the rows by prompt; `fill` is for prompts with fewer rows than others, where a row stands in twice."""
-        device = next(iter(self._prompts.values()))[0].device
-        counts = [self._groups.count(group) for group in range(len(self._lengths))]
-        places = max(counts)
-        starts = [sum(counts[:group]) for group in range(len(counts))]
-        fill = [start + min(place, n - 1) for start, n in zip(starts, counts, strict=True) for place in range(places)]
-        slots = [group * places + row - starts[group] for row, group in enumerate(self._groups)]
-        rectangular = len(slots) == len(fill)
-        self._shape = (len(counts), places)
-        self._fill = None if rectangular else torch.tensor(fill, device=device)
-        self._slots = None if rectangular else torch.tensor(slots, device=device)
-        self._lengths_R1 = torch.tensor([[self._lengths[group]] for group in self._groups], device=device)
-        self._bias_X1T = self._bias(device)
-
-    def _bias(self, device: torch.device) -> Tensor | None:
-        """What is added to scores of prompts, `[G·H, 1, T]`: -inf behind a prompt's end; None where all end alike."""
-        longest = max(self._lengths)
-        if min(self._lengths) == longest:
-            return None
-        _, values_GHTE = next(iter(self._prompts.values()))
-        heads = values_GHTE.shape[1]
-        ends_GH11 = torch.tensor(self._lengths, device=device).view(-1, 1, 1, 1).expand(-1, heads, -1, -1)
-        behind = torch.arange(longest, device=device) >= ends_GH11.flatten(0, 1)
-        return torch.zeros(behind.shape, dtype=values_GHTE.dtype, device=device).masked_fill_(behind, -torch.inf)
+    def _positions(self) -> Tensor:
+        return torch.cat([block.lengths_R1 for block in self._blocks])
 
     def advance(self) -> Tensor:
         """Go on to the next token; returns its positions `[R, 1]`."""
@@ -128,20 +114,18 @@ class Decode:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let all rows but these leave, and with them the prompts that have none left."""
-        device = self._lengths_R1.device
-        chosen = torch.tensor(rows, device=device)
-        groups = [self._groups[row] for row in rows]
-        left = sorted(set(groups))
+        chosen = torch.tensor(rows, device=self._lengths_R1.device)
         for index, caches in self._own.items():
             self._own[index] = cast(Any, tuple(cache.index_select(0, chosen) for cache in caches))
-        if len(left) < len(self._lengths):
-            self._lengths = [self._lengths[group] for group in left]
-            longest, kept = max(self._lengths), torch.tensor(left, device=device)
-            for index, (keys_GHET, values_GHTE) in self._prompts.items():
-                keys, values = keys_GHET[..., :longest], values_GHTE[:, :, :longest]
-                self._prompts[index] = keys.index_select(0, kept), values.index_select(0, kept)
-        self._groups = [left.index(group) for group in groups]
-        self._arrange()
+        first = 0
+        left: list[_Block] = []
+        for block in self._blocks:
+            inside = [row - first for row in rows if first <= row < first + block.rows]
+            first += block.rows
+            if inside:
+                left.append(block.keeping(inside))
+        self._blocks = left
+        self._lengths_R1 = self._positions()
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Add the new token's key and value to the caches, and attend.
@@ -157,21 +141,13 @@ class Decode:
             `[R, 1, heads, head size]`.
         """
         index = cast(int, module.layer_idx)
-        keys_RHTE, values_RHTE = self._append(index, key, value)
-        prompt_keys, prompt_values = (cache.flatten(0, 1) for cache in self._prompts[index])
         rows, heads, _, size = query.shape
-        key_heads = key.shape[1]
         scale = size**-0.5 if scaling is None else scaling
-        queries_RHQE = (query * scale).reshape(rows, key_heads, -1, size)
-        shared = self._by_prompt(queries_RHQE) @ prompt_keys
-        if self._bias_X1T is not None:
-            shared += self._bias_X1T
-        own = queries_RHQE @ keys_RHTE.transpose(2, 3)
-        scores = torch.cat([self._by_row(shared, key_heads), own], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-        on_prompt, on_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
-        output = self._by_row(self._by_prompt(on_prompt) @ prompt_values, key_heads) + on_own @ values_RHTE
-        return output.reshape(rows, 1, heads, size)
+        queries_RHQE = (query * scale).reshape(rows, key.shape[1], -1, size)
+        counts = [block.rows for block in self._blocks]
+        parts = zip(*(x.split(counts) for x in (queries_RHQE, *self._append(index, key, value))), strict=True)
+        outputs = [block.attend(index, *part) for block, part in zip(self._blocks, parts, strict=True)]
+        return torch.cat(outputs).view(rows, 1, heads, size)
 
     def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if index not in self._own:
@@ -183,6 +159,76 @@ class Decode:
         keys, values = self._own[index]
         keys[:, :, self._step], values[:, :, self._step] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, : self._step + 1], values[:, :, : self._step + 1]
+
+
+class _Block:
+    """Neighbouring prompts, their keys and values padded to the longest of them, and the rows that stand on them.
+
+    Args:
+        caches: For every layer the keys `[G, H, E, T]` and the values `[G, H, T, E]`.
+        lengths: Tokens of each prompt.
+        counts: Rows of each prompt, none for some perhaps.
+    """
+
+    def __init__(self, caches: dict[int, tuple[Tensor, Tensor]], lengths: list[int], counts: list[int]) -> None:
+        self._caches, self._lengths, self._counts = caches, lengths, counts
+        self.rows = sum(counts)
+        device = next(iter(caches.values()))[0].device
+        places = max(counts)
+        self._shape = (len(counts), places)
+        starts = [sum(counts[:group]) for group in range(len(counts))]
+        # Prompts with fewer rows than others are filled with a row of theirs that stands in twice.
+        fill = [
+            min(start + min(place, n - 1), self.rows - 1)
+            for start, n in zip(starts, counts, strict=True)
+            for place in range(places)
+        ]
+        slots = [group * places + place for group, n in enumerate(counts) for place in range(n)]
+        rectangular = len(slots) == len(fill)
+        self._fill = None if rectangular else torch.tensor(fill, device=device)
+        self._slots = None if rectangular else torch.tensor(slots, device=device)
+        lengths_G = torch.tensor(lengths, device=device)
+        self.lengths_R1 = lengths_G.repeat_interleave(torch.tensor(counts, device=device))[:, None]
+        self._bias_X1T = self._bias(lengths_G)
+
+    def _bias(self, lengths_G: Tensor) -> Tensor | None:
+        """What is added to scores of prompts, `[G·H, 1, T]`: -inf behind a prompt's end; None where all end alike."""
+        longest = max(self._lengths)
+        if min(self._lengths) == longest:
+            return None
+        _, values_GHTE = next(iter(self._caches.values()))
+        behind_GT = torch.arange(longest, device=lengths_G.device) >= lengths_G[:, None]
+        bias_GT = torch.zeros(behind_GT.shape, dtype=values_GHTE.dtype, device=lengths_G.device)
+        return bias_GT.masked_fill_(behind_GT, -torch.inf).repeat_interleave(values_GHTE.shape[1], dim=0)[:, None]
+
+    def keeping(self, rows: Sequence[int]) -> "_Block":
+        """The same with only these rows and the prompts that they stand on."""
+        if len(rows) == self.rows:
+            return self
+        groups = [group for group, count in enumerate(self._counts) for _ in range(count)]
+        counts = Counter(groups[row] for row in rows)
+        left = sorted(counts)
+        lengths, caches = [self._lengths[group] for group in left], self._caches
+        if len(left) < len(self._lengths):
+            longest, kept = max(lengths), self.lengths_R1.new_tensor(left)
+            caches = {
+                index: (keys[..., :longest].index_select(0, kept), values[:, :, :longest].index_select(0, kept))
+                for index, (keys, values) in caches.items()
+            }
+        return _Block(caches, lengths, [counts[group] for group in left])
+
+    def attend(self, index: int, queries_RHQE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor) -> Tensor:
+        """Attention of scaled queries to prompts and to the rows' own keys in one layer, `[R, H, Q, E]`."""
+        prompt_keys, prompt_values = (cache.flatten(0, 1) for cache in self._caches[index])
+        heads = queries_RHQE.shape[1]
+        shared = self._by_prompt(queries_RHQE) @ prompt_keys
+        if self._bias_X1T is not None:
+            shared += self._bias_X1T
+        own = queries_RHQE @ keys_RHTE.transpose(2, 3)
+        scores = torch.cat([self._by_row(shared, heads), own], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values_RHTE.dtype)
+        on_prompt, on_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+        return self._by_row(self._by_prompt(on_prompt) @ prompt_values, heads) + on_own @ values_RHTE
 
     def _by_prompt(self, x_RHQX: Tensor) -> Tensor:
         """What belongs to rows, side by side for each prompt: `[R, H, Q, X]` to `[G·H, S·Q, X]`."""

@@ -18,7 +18,10 @@ from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
 from helpsteer_rloo.model.last_layer import narrow_last_layer
-from helpsteer_rloo.packing import PackedRow, pack, split_group
+from helpsteer_rloo.packing import PackedRow, Span, pack, split_group
+
+ROW_MULTIPLE = 64
+"""On CPUs rows are filled up to a multiple of this, short ones not: oneDNN writes a program for every new shape."""
 
 
 def scalar_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -86,15 +89,16 @@ def packed_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int]) ->
     """
     inner = base_model(model)
     body, device = body_of(inner), next(inner.parameters()).device
+    filler = _filler(row) if device.type == "cpu" else Span(0, 0, ())
     causal = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     captured: list[Tensor] = []
     handle = body.register_forward_hook(lambda _module, _inputs, output: captured.append(output.last_hidden_state))
     try:
         with packed_pass():
             model(
-                input_ids=torch.tensor([row.input_ids], device=device),
-                position_ids=torch.tensor([row.position_ids], device=device),
-                spans=row.spans,
+                input_ids=torch.tensor([[*row.input_ids, *[0] * filler.prompt]], device=device),
+                position_ids=torch.tensor([[*row.position_ids, *range(filler.prompt)]], device=device),
+                spans=(*row.spans, filler) if filler.prompt else row.spans,
                 read=torch.tensor(sorted(set(positions)), dtype=torch.long, device=device),
                 use_cache=False,
                 **causal,
@@ -102,6 +106,12 @@ def packed_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int]) ->
     finally:
         handle.remove()
     return captured[0][0].index_select(0, torch.tensor(positions, dtype=torch.long, device=device))
+
+
+def _filler(row: PackedRow) -> Span:
+    """A prompt that nothing reads, behind the last group, up to the next multiple of `ROW_MULTIPLE` tokens."""
+    tokens = row.spans[-1].end
+    return Span(tokens, -tokens % ROW_MULTIPLE if tokens >= 4 * ROW_MULTIPLE else 0, ())
 
 
 def packed_scores(model: nn.Module, head: nn.Module, row: PackedRow) -> Tensor:

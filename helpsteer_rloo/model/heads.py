@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from helpsteer_rloo.model.products import product
+
 CHUNK = 256
 """Tokens whose logits exist at one time."""
 
@@ -83,13 +85,12 @@ class _FrozenHead(torch.autograd.Function):
         values_C = hidden_CD.new_empty(len(hidden_CD), dtype=wide)
         entropies_C = torch.empty_like(values_C)
         gradient_CD = torch.empty_like(hidden_CD) if ctx.needs_input_grad[0] else None
-        # The same two buffers for every chunk: fresh ones of this size are page faults.
-        buffers = values_C.new_empty(2, min(CHUNK, len(hidden_CD)), len(weight_VD))
+        # The same buffer for every chunk: fresh ones of this size are page faults.
+        buffer_CV = values_C.new_empty(min(CHUNK, len(hidden_CD)), len(weight_VD))
         for start in range(0, len(hidden_CD), CHUNK):
             part = slice(start, start + CHUNK)
             hidden, targets_C1 = hidden_CD[part], targets_C[part, None]
-            z_CV, p_CV = buffers[:, : len(hidden)]
-            _product(hidden, weight_VD, z_CV)
+            z_CV, p_CV = product(hidden, weight_VD).to(wide), buffer_CV[: len(hidden)]
             if temperature != 1.0:
                 z_CV /= temperature
             z_CV -= z_CV.amax(-1, keepdim=True)
@@ -102,7 +103,7 @@ class _FrozenHead(torch.autograd.Function):
                 # (W_y - p W / total) / t, with the row of W that is meant taken out of the product: p_y - total.
                 p_CV.scatter_add_(-1, targets_C1, -total_C1)
                 scale_C1 = -1 / (total_C1 * temperature)
-                gradient_CD[part] = (p_CV.to(weight_VD.dtype) @ weight_VD) * scale_C1.to(weight_VD.dtype)
+                gradient_CD[part] = product(p_CV.to(weight_VD.dtype), weight_VD.T) * scale_C1.to(weight_VD.dtype)
         ctx.save_for_backward(gradient_CD)
         ctx.mark_non_differentiable(entropies_C)
         return values_C, entropies_C
@@ -111,11 +112,3 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient_CD,) = ctx.saved_tensors
         return gradient_CD * gradients[0].to(gradient_CD.dtype)[:, None], None, None, None
-
-
-def _product(hidden_CD: Tensor, weight_VD: Tensor, result_CV: Tensor) -> None:
-    """Logits in the type of the result."""
-    if hidden_CD.dtype == result_CV.dtype:
-        torch.mm(hidden_CD, weight_VD.T, out=result_CV)
-    else:
-        result_CV.copy_(hidden_CD @ weight_VD.T)

@@ -9,7 +9,7 @@ for as long as the context lasts.
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from helpsteer_rloo.model.fused_lora import FusedForward
+from helpsteer_rloo.model.fused_linears import FusedLinear, FusedLora
+from helpsteer_rloo.model.products import add_product_of_laid_out, laid_out, lays_out, product_of_laid_out
 
 MOST_COPIED_BYTES = 2 * 2**30
 """Weights are copied if all of them together are no more than this; a part would cost memory and gain little."""
@@ -77,7 +78,7 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[None]:
             parts = _joined([_parts(module) for module in bundle])
             if parts is None:
                 continue
-            packs = _packs(parts.weight.dtype) if parts.weight.device.type == "cpu" else False
+            packs = lays_out(parts.weight.dtype) if parts.weight.device.type == "cpu" else False
             copies = affordable and (parts.merges or packs or len(bundle) > 1)
             if copies or parts.updates:
                 forward = _forward(parts, rows if packs else None, copies)
@@ -174,7 +175,7 @@ def _is_plain(module: nn.Module) -> bool:
     hooks: Any = (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
     return (
         not any(hooks)
-        and isinstance(module.__dict__.get("forward"), FusedForward | None)
+        and isinstance(module.__dict__.get("forward"), FusedLinear | FusedLora | None)
         and all(p.device.type != "meta" for p in module.parameters())
     )
 
@@ -202,9 +203,8 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Forward:
 
 
 def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Forward:
-    packed = _reordered(weight, rows)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, packed, bias, "none", [], "")
+    packed = laid_out(weight, rows)
+    return lambda x: product_of_laid_out(x, packed, bias)
 
 
 def _with_updates(product: Forward, updates: tuple[tuple[Tensor, Tensor], ...]) -> Forward:
@@ -220,30 +220,12 @@ def _with_updates(product: Forward, updates: tuple[tuple[Tensor, Tensor], ...]) 
 def _with_packed_updates(product: Forward, parts: _Parts, rows: int) -> Forward:
     """The adapters' factors in the type of the weight, each laid out ahead; the last product adds to what is there."""
     dtype = parts.weight.dtype
-    factors = [(_packed(down.to(dtype), None, rows), _reordered(up.to(dtype), rows)) for down, up in parts.updates]
-    add_product = torch.ops.mkldnn._linear_pointwise.binary
+    factors = [(_packed(down.to(dtype), None, rows), laid_out(up.to(dtype), rows)) for down, up in parts.updates]
 
     def forward(x: Tensor) -> Tensor:
         result = product(x)
         for down, up in factors:
-            result = add_product(down(x), result, up, None, "add")
+            result = add_product_of_laid_out(result, down(x), up)
         return result
 
     return forward
-
-
-def _reordered(weight: Tensor, rows: int) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-
-
-@cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether this build and processor lay weights out ahead; the operators are PyTorch's own and not promised."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    weight, x = torch.eye(16, dtype=dtype), torch.arange(32, dtype=dtype).view(2, 16)
-    try:
-        parts = _Parts(weight, None, ((weight, weight),), (16,))
-        return torch.equal(_with_packed_updates(_packed(weight, None, 2), parts, 2)(x), x + x)
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False

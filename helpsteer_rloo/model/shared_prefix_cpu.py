@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from helpsteer_rloo.packing import Span
+from helpsteer_rloo.packing import Span, cheapest_runs
 
-CALL_COST = 2048
+CALL_COST = 8192
 """What one more kernel call costs, in pairs of a query and a key; padding below it is the cheaper choice."""
 
 PIECE = 256
@@ -128,6 +128,17 @@ class Ranges:
         return slots if self.real is None else slots.index_select(0, self.real)
 
 
+class Across(NamedTuple):
+    """Queries that see other tokens than their own, and the keys that they see, as one batch.
+
+    `bias`, `[n, 1, 1, L]`, is -inf at the padding of the keys, which would be seen otherwise; none if there is none.
+    """
+
+    queries: Ranges
+    keys: Ranges
+    bias: Tensor | None
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
     """The kernel calls of a row; they depend on its spans only, so that all layers and passes share them.
@@ -135,16 +146,21 @@ class Plan:
     Attributes:
         tokens: T.
         causal: Ranges that attend to themselves; together, all tokens.
-        across: Queries, and the keys before them that they all see; the ranges of keys of a batch have one length.
+        across: Queries, and the keys before them that they all see.
     """
 
     tokens: int
     causal: tuple[Ranges, ...]
-    across: tuple[tuple[Ranges, Ranges], ...]
+    across: tuple[Across, ...]
 
 
-Block = tuple[int, int, int]
-"""First query, number of queries, and first key of an unmasked block."""
+class Block(NamedTuple):
+    """Consecutive queries and consecutive keys: the first of each, and how many."""
+
+    query: int
+    queries: int
+    key: int
+    keys: int
 
 
 @lru_cache(maxsize=64)
@@ -157,25 +173,25 @@ def plan_row(spans: tuple[Span, ...]) -> Plan:
     ends = [0, *(span.end for span in spans)]
     if any(span.start != end for span, end in zip(spans, ends, strict=False)):
         raise ValueError(f"The spans of a row lie side by side; these do not: {spans}.")
-    causal: list[tuple[int, int]] = []
-    # A batch writes each token once, so that prompts and pieces, which may meet the same queries, stay apart.
-    across: defaultdict[tuple[str, int], list[Block]] = defaultdict(list)
+    causal: list[Block] = []
+    # A batch writes each token once, so that prompts and pieces stay apart, and pieces with more or fewer keys, which
+    # may meet the same queries.
+    prompts: list[Block] = []
+    pieces: defaultdict[int, list[Block]] = defaultdict(list)
     for span in spans:
         first = span.start + span.prompt
         if span.prompt and span.end > first:
-            across["prompt", span.prompt].append((first, span.end - first, span.start))
+            prompts.append(Block(first, span.end - first, span.start, span.prompt))
         continuations = zip(span.continuation_starts(), span.continuations, strict=True)
         for start, length in [(span.start, span.prompt), *continuations]:
-            pieces, blocks = split_causal(start, length)
-            causal += pieces
-            for block in blocks:
-                across["piece", block[0] - block[2]].append(block)
-    batches: list[tuple[Ranges, Ranges]] = []
-    for (_, keys), blocks in across.items():
-        key_starts = {start: key_start for start, _, key_start in blocks}
-        for batch in batch_ranges([(start, length) for start, length, _ in blocks], keys):
-            batches.append((_ranges(batch), _ranges([(key_starts[start], keys) for start, _ in batch])))
-    return Plan(ends[-1], tuple(map(_ranges, batch_ranges(causal))), tuple(batches))
+            own, between = split_causal(start, length)
+            causal += [Block(*piece, *piece) for piece in own]
+            for block in between:
+                pieces[block.keys].append(block)
+    across = [_across(batch) for blocks in (prompts, *pieces.values()) for batch in batch_blocks(blocks)]
+    return Plan(
+        ends[-1], tuple(_ranges([block[:2] for block in batch]) for batch in batch_blocks(causal)), tuple(across)
+    )
 
 
 def split_causal(start: int, length: int) -> tuple[list[tuple[int, int]], list[Block]]:
@@ -188,8 +204,9 @@ def split_causal(start: int, length: int) -> tuple[list[tuple[int, int]], list[B
 
     >>> split_causal(0, 9)
     ([(0, 9)], [])
-    >>> split_causal(0, 600)
-    ([(0, 256), (256, 256), (512, 88)], [(512, 88, 0), (256, 256, 0)])
+    >>> pieces, blocks = split_causal(0, 600)
+    >>> pieces, [tuple(block) for block in blocks]
+    ([(0, 256), (256, 256), (512, 88)], [(512, 88, 0, 512), (256, 256, 0, 256)])
     """
     if length <= PIECE:
         return ([(start, length)] if length else []), []
@@ -198,40 +215,33 @@ def split_causal(start: int, length: int) -> tuple[list[tuple[int, int]], list[B
         keys *= 2
     middle, queries = start + keys, length - keys
     (left, left_blocks), (right, right_blocks) = split_causal(start, keys), split_causal(middle, queries)
-    return left + right, [(middle, queries, start), *left_blocks, *right_blocks]
+    return left + right, [Block(middle, queries, start, keys), *left_blocks, *right_blocks]
 
 
-def batch_ranges(ranges: Sequence[tuple[int, int]], keys: int | None = None) -> list[list[tuple[int, int]]]:
-    """Split ranges into batches so that calls and padding together cost least.
-
-    Args:
-        ranges: First token and length of each.
-        keys: Keys that each query sees; without it, as many as its range is long.
+def batch_blocks(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Split blocks into batches so that calls and padding together cost least among those in order of size.
 
     Returns:
         The batches, each in order of position.
 
-    >>> batch_ranges([(0, 30), (30, 8), (38, 9), (47, 200)])
-    [[(0, 30), (30, 8), (38, 9)], [(47, 200)]]
+    >>> batches = batch_blocks([Block(start, length, start, length) for start, length in ((0, 30), (30, 8), (38, 300))])
+    >>> [[block.queries for block in batch] for batch in batches]
+    [[30, 8], [300]]
     """
-    by_length: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for start, length in ranges:
-        by_length[length].append((start, length))
-    lengths = sorted(by_length)
-    best = [(0, 0)]  # of the shortest lengths: their least cost, and where their last batch begins
-    for stop, longest in enumerate(lengths, 1):
-        count, options = 0, list[tuple[int, int]]()
-        for first in reversed(range(stop)):
-            count += len(by_length[lengths[first]])
-            options.append((best[first][0] + CALL_COST + count * longest * (keys or longest), first))
-        best.append(min(options))
-    batches: list[list[tuple[int, int]]] = []
-    stop = len(lengths)
-    while stop:
-        first = best[stop][1]
-        batches.append(sorted(item for length in lengths[first:stop] for item in by_length[length]))
-        stop = first
-    return batches[::-1]
+    by_size: defaultdict[tuple[int, int], list[Block]] = defaultdict(list)
+    for block in blocks:
+        by_size[block.keys, block.queries].append(block)
+    sizes = sorted(by_size)
+    runs = cheapest_runs([(len(by_size[size]), *size) for size in sizes], CALL_COST)
+    return [sorted(block for index in run for block in by_size[sizes[index]]) for run in runs]
+
+
+def _across(batch: Sequence[Block]) -> Across:
+    queries, keys = _ranges([block[:2] for block in batch]), _ranges([block[2:] for block in batch])
+    counts_n1 = torch.tensor([[block.keys] for block in batch])
+    hidden_nL = torch.arange(keys.length) >= counts_n1
+    bias = torch.zeros(hidden_nL.shape).masked_fill_(hidden_nL, -torch.inf)[:, None, None]
+    return Across(queries, keys, bias if hidden_nL.any() else None)
 
 
 def _ranges(batch: Sequence[tuple[int, int]]) -> Ranges:
@@ -298,8 +308,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: flo
         out, lse = _flash(own.take(query_THE), own.take(key_THE), own.take(value_THE), 0.0, True, scale=scaling)
         own.put(out_THE, out)
         own.put(lse_TH1, lse[..., None])
-    for queries, keys in plan.across:
-        out, lse = _flash(queries.take(query_THE), keys.take(key_THE), keys.take(value_THE), scale=scaling)
+    for queries, keys, bias in plan.across:
+        block = queries.take(query_THE), keys.take(key_THE), keys.take(value_THE)
+        out, lse = _flash(*block, attn_mask=_as(bias, query_THE), scale=scaling)
         so_far, lse_so_far = queries.take(out_THE), queries.take(lse_TH1)
         lse = lse[..., None]
         queries.put(out_THE, torch.lerp(so_far, out, torch.sigmoid(lse - lse_so_far)))
@@ -316,11 +327,16 @@ def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float | None
         parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, True, scale=scaling)
         for total, part in zip(totals, parts, strict=True):
             own.put(total, part)
-    for queries, keys in plan.across:
+    for queries, keys, bias in plan.across:
         key, value = keys.take(saved.key_THE), keys.take(saved.value_THE)
         query, out, lse = (queries.take(x) for x in (saved.query_THE, saved.out_THE, saved.lse_TH1))
         grad = queries.take_gradient(grad_THE)
-        parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, False, scale=scaling)
+        mask = _as(bias, query)
+        parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, False, attn_mask=mask, scale=scaling)
         for where, total, part in zip((queries, keys, keys), totals, parts, strict=True):
             where.add(total, part)
     return totals
+
+
+def _as(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype)

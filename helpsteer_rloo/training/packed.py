@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from helpsteer_rloo.model.forward import base_model, prepare_packed
-from helpsteer_rloo.model.fused_lora import fuse_lora
+from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.fused_norms import fuse_norms
 
 DEFAULT_TOKENS = 4096
@@ -41,7 +41,7 @@ def set_up_packing(trainer: Trainer) -> str | None:
         return "dropout in attention"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}"
-    fuse_lora(model)
+    fuse_linears(model)
     fuse_norms(model)
     trainer.args.ddp_broadcast_buffers = False  # constants, whose broadcast would wait for processes without a row
     return None

@@ -4,7 +4,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model import forward
 from helpsteer_rloo.model.forward import group_log_probs, score_groups, score_sequences
+from helpsteer_rloo.packing import PackedRow
 
 SEQUENCES = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18]]
 
@@ -67,6 +69,26 @@ def test_log_probabilities_equal_a_plain_forward_in_float64(tiny_base, temperatu
     groups = [TokenGroup((), tuple(p), (tuple(c),)) for p, c in zip(prompts, completions, strict=True)]
     got = [own.sum().item() for (own,) in group_log_probs(model, groups, 8, temperature)]
     assert got == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("multiple", "tokens"), [(1, 22), (4, 24), (5, 25), (64, 22)])
+def test_what_fills_a_row_changes_nothing(tiny_base, multiple, tokens, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64)
+    assert forward.prepare_packed(model)
+    row = PackedRow(tuple(GROUPS))
+    lengths, embed = [], model.model.embed_tokens
+    handle = embed.register_forward_pre_hook(lambda _, args: lengths.append(args[0].numel()))
+    monkeypatch.setattr(forward, "ROW_MULTIPLE", multiple)
+    filled = forward.packed_log_probs(model, row)
+    handle.remove()
+    assert lengths == [tokens]
+    gradients = torch.autograd.grad(filled.log_probs.sum(), embed.weight)
+    monkeypatch.setattr(forward, "ROW_MULTIPLE", 1)
+    plain = forward.packed_log_probs(model, row)
+    torch.testing.assert_close(filled.log_probs, plain.log_probs, rtol=1e-9, atol=1e-9)
+    expected = torch.autograd.grad(plain.log_probs.sum(), embed.weight)
+    torch.testing.assert_close(gradients, expected, rtol=1e-6, atol=1e-9)
 
 
 GROUPS = [

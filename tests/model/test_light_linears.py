@@ -106,7 +106,7 @@ def test_beyond_the_limit_nothing_is_copied(most, monkeypatch):
     monkeypatch.setattr(module, "MOST_COPIED_BYTES", most)
     copied = []
     packed, merged = module._packed, module._merged
-    monkeypatch.setattr(module, "_packs", lambda dtype: True)
+    monkeypatch.setattr(module, "lays_out", lambda dtype: True)
     monkeypatch.setattr(
         module, "_packed", lambda weight, bias, rows: copied.append(weight.shape) or packed(weight, bias, rows)
     )
@@ -118,7 +118,7 @@ def test_beyond_the_limit_nothing_is_copied(most, monkeypatch):
 
 
 def test_without_the_packed_product_results_are_the_same(monkeypatch):
-    monkeypatch.setattr(module, "_packs", lambda dtype: False)
+    monkeypatch.setattr(module, "lays_out", lambda dtype: False)
     assert compared(Small())[2] == []
     plain, light, names = compared(adapted())
     assert names == ["first", "second"]

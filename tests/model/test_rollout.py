@@ -121,7 +121,9 @@ def test_neither_chunks_nor_order_change_a_completion(model):
     assert len(set(itertools.chain(*expected))) > 15
 
 
-def test_caches_that_grow_stay_right(exact_model, monkeypatch):
+@pytest.mark.parametrize("block_cost", [0, 3, 10**6])
+def test_caches_that_grow_and_are_cut_by_length_stay_right(exact_model, block_cost, monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.model.cascade.BLOCK_COST", block_cost)
     monkeypatch.setattr("helpsteer_rloo.model.cascade.FIRST_TOKENS", 2)
     monkeypatch.setattr("helpsteer_rloo.model.cascade.ROW_TOKENS", 10)
     groups = sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from helpsteer_rloo.model import shared_prefix_cpu
 from helpsteer_rloo.model.attention import dense_mask
-from helpsteer_rloo.model.shared_prefix_cpu import attend, batch_ranges, plan_row, split_causal
+from helpsteer_rloo.model.shared_prefix_cpu import Block, attend, batch_blocks, plan_row, split_causal
 from helpsteer_rloo.packing import Span
 
 ROWS = {
@@ -91,22 +91,26 @@ def test_any_row_is_right_however_it_is_cut(row, heads, piece):
     plan_row.cache_clear()
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.sampled_from([None, 1, 50]))
+sizes = st.tuples(st.integers(1, 300), st.integers(1, 300))
+
+
+@given(st.lists(sizes, min_size=1, max_size=40) | st.lists(sizes.map(lambda x: (x[0], x[0])), min_size=1, max_size=40))
 @settings(deadline=None)
-def test_batches_hold_every_range_once_and_cost_no_more_than_simple_ones(lengths, keys):
-    ranges = [
-        (start, length) for start, length in zip([0, *torch.tensor(lengths).cumsum(0).tolist()], lengths, strict=False)
-    ]
+def test_batches_hold_every_block_once_and_cost_no_more_than_simple_ones(sizes):
+    blocks, start = [], 0
+    for queries, keys in sizes:
+        blocks.append(Block(start + keys, queries, start, keys))
+        start += keys + queries
 
     def cost(batches):
-        longest = [max(length for _, length in batch) for batch in batches]
-        pairs = (len(batch) * most * (keys or most) for batch, most in zip(batches, longest, strict=True))
+        most = [(max(b.queries for b in batch), max(b.keys for b in batch)) for batch in batches]
+        pairs = (len(batch) * queries * keys for batch, (queries, keys) in zip(batches, most, strict=True))
         return len(batches) * shared_prefix_cpu.CALL_COST + sum(pairs)
 
-    batches = batch_ranges(ranges, keys)
-    assert sorted(item for batch in batches for item in batch) == ranges
-    alone = [[item for item in ranges if item[1] == length] for length in set(lengths)]
-    assert cost(batches) <= min(cost([ranges]), cost(alone))
+    batches = batch_blocks(blocks)
+    assert sorted(block for batch in batches for block in batch) == blocks
+    alone = [[block for block in blocks if (block.queries, block.keys) == size] for size in set(sizes)]
+    assert cost(batches) <= min(cost([blocks]), cost(alone))
 
 
 @given(st.integers(0, 50), st.integers(0, 5000))
@@ -114,9 +118,10 @@ def test_pieces_and_blocks_cover_causal_attention_once(start, length):
     pieces, blocks = split_causal(start, length)
     assert (
         sum(size * (size + 1) // 2 for _, size in pieces)
-        + sum(queries * (query - key) for query, queries, key in blocks)
+        + sum(queries * (query - key) for query, queries, key, keys in blocks)
         == length * (length + 1) // 2
     )
+    assert all(block.key + block.keys == block.query for block in blocks)
     assert all(0 < size <= shared_prefix_cpu.PIECE for _, size in pieces)
     assert [begin for begin, _ in pieces] == [start + sum(size for _, size in pieces[:i]) for i in range(len(pieces))]
 
@@ -172,10 +177,17 @@ def test_a_plan_made_in_inference_mode_serves_training():
     assert_exact(spans, [query, key, value, grad])
 
 
+def test_prompts_of_several_lengths_are_one_call():
+    plan = plan_row(spans_of([(31, (11, 11)), (28, (10, 9, 12)), (40, (8,))]))
+    ((continuations, prompts, bias),) = plan.across
+    assert (continuations.length, prompts.length) == (31, 40)
+    assert (bias == 0).sum(-1).flatten().tolist() == [31, 28, 40]
+
+
 def test_equal_groups_are_read_in_place():
     plan = plan_row(spans_of([(31, (11, 11))] * 3))
-    (continuations, prompts), *others = plan.across
-    assert not others
+    ((continuations, prompts, bias),) = plan.across
+    assert bias is None
     row = torch.arange(plan.tokens * 16).view(-1, 2, 8)
     for ranges, length, first in ((prompts, 31, 0), (continuations, 22, 31)):
         taken = ranges.take(row)

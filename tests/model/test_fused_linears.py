@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from helpsteer_rloo.model.fused_lora import FusedForward, fuse_lora
+from helpsteer_rloo.model.fused_linears import FusedLora, fuse_linears
 from helpsteer_rloo.model.light_linears import light_linears
 
 
@@ -42,7 +42,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 def test_output_and_gradients_are_pefts_in_float64(tiny_base, checkpointing):
     model = adapted(tiny_base).train()
     expected = outcome(model, IDS)
-    assert fuse_lora(model) == 14
+    assert fuse_linears(model) == 29  # 14 with LoRA, their bases, and the head
     if checkpointing:
         model.enable_input_require_grads()
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -62,7 +62,7 @@ def test_one_layer_is_exact_in_float64(bias):
         model.zero_grad()
         (y**3).sum().backward()
         results.append([y.detach(), x.grad.clone(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-        fuse_lora(model)
+        fuse_linears(model)
     for ours, theirs in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -71,7 +71,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_peft(tiny_base):
     truth = outcome(adapted(tiny_base), IDS)
     model = adapted(tiny_base).bfloat16()
     peft = outcome(model, IDS)
-    fuse_lora(model)
+    fuse_linears(model)
     ours = outcome(model, IDS)
     errors = [(found[0].double() - truth[0]).abs().mean().item() for found in (ours, peft)]
     assert errors[0] < 1.2 * errors[1]
@@ -82,7 +82,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_peft(tiny_base):
 def test_autocast_gives_the_type_that_it_gives_to_peft(tiny_base, dtype):
     model = adapted(tiny_base, dtype)
     expected = outcome(model, IDS, torch.bfloat16)
-    fuse_lora(model)
+    fuse_linears(model)
     ours = outcome(model, IDS, torch.bfloat16)
     assert ours[0].dtype == expected[0].dtype
     assert_same(ours, expected, 0.2)
@@ -96,7 +96,7 @@ def test_other_kinds_are_left_to_peft(tiny_base, changes):
     model = adapted(tiny_base, **changes).train()
     torch.manual_seed(1)
     expected = outcome(model, IDS)
-    fuse_lora(model)
+    fuse_linears(model)
     torch.manual_seed(1)
     assert_same(outcome(model, IDS), expected, 1e-6)
 
@@ -105,7 +105,7 @@ def test_disabled_switched_merged_and_several_adapters(tiny_base):
     model = adapted(tiny_base).eval()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     plain = copy.deepcopy(model)
-    fuse_lora(model)
+    fuse_linears(model)
 
     def both(change):
         with torch.no_grad():
@@ -126,25 +126,25 @@ def test_disabled_switched_merged_and_several_adapters(tiny_base):
 
 def test_a_copy_of_the_model_uses_its_own_layers(tiny_base):
     model = adapted(tiny_base)
-    fuse_lora(model)
+    fuse_linears(model)
     copied = copy.deepcopy(model)
     for module in copied.modules():
         if type(module) is LoraLinear:
-            assert isinstance(module.__dict__["forward"], FusedForward)
+            assert isinstance(module.__dict__["forward"], FusedLora)
             assert module.__dict__["forward"].layer is module
 
 
 def test_light_layers_take_the_place_of_fused_ones_for_a_while(tiny_base):
     model = adapted(tiny_base, torch.float32).eval()
-    fuse_lora(model)
+    fuse_linears(model)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
         with light_linears((model,), rows=2):
             layer = next(module for module in model.modules() if type(module) is LoraLinear)
-            assert not isinstance(layer.__dict__["forward"], FusedForward)
+            assert not isinstance(layer.__dict__["forward"], FusedLora)
             light = model(input_ids=IDS).logits
     torch.testing.assert_close(light, expected, rtol=1e-4, atol=1e-5)
-    assert all(isinstance(m.__dict__["forward"], FusedForward) for m in model.modules() if type(m) is LoraLinear)
+    assert all(isinstance(m.__dict__["forward"], FusedLora) for m in model.modules() if type(m) is LoraLinear)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
@@ -158,7 +158,7 @@ def test_trained_biases_of_the_base_move(bias):
 
     stock = net()
     fused = copy.deepcopy(stock)
-    assert fuse_lora(fused) == 1
+    assert fuse_linears(fused) == 2
     x = torch.randn(3, 6, dtype=torch.float64)
     for free in (False, True):
         for model in (stock, fused):

@@ -1,8 +1,9 @@
-"""LoRA layers over frozen weights in as few passes over memory as their products need.
+"""Linear layers, with LoRA or without, in as few passes over memory as their products need.
 
 PEFT's forward computes x Wᵀ, then casts x, scales (x Aᵀ) Bᵀ, adds, and casts again, each in a pass of its own over a
 tensor as large as the result, and keeps several of them for the backward pass. Here the last product adds to the result
-in place, and the backward pass keeps x and x Aᵀ only.
+in place, and the backward pass keeps x and x Aᵀ only. All products with weights of the base are those of
+`helpsteer_rloo.model.products`, forward and backward.
 """
 
 from dataclasses import dataclass
@@ -11,28 +12,65 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from helpsteer_rloo.model.products import product
 
 
-def fuse_lora(model: nn.Module) -> int:
-    """Let the LoRA layers of a model compute in fewer passes, for training and inference; how many there are.
+def fuse_linears(model: nn.Module) -> int:
+    """Let the linear layers of a model, with LoRA or without, compute as this module does; how many there are.
 
     Modules, parameters and what is saved stay as they are: only `forward` is shadowed, and it leaves to PEFT whatever
     is not one plain adapter over a frozen weight (several active adapters, dropout, other variants, quantized layers).
     """
-    layers = [module for module in model.modules() if type(module) is LoraLinear and _is_plain(module)]
+    lora = [module for module in model.modules() if type(module) is LoraLinear]
+    factors = {part for layer in lora for part in layer.modules() if part not in (layer, layer.base_layer)}
+    layers = [layer for layer in lora if type(layer.base_layer) is nn.Linear and "forward" not in layer.__dict__]
+    plain = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
     for layer in layers:
-        cast(Any, layer).forward = FusedForward(layer)
-    return len(layers)
-
-
-def _is_plain(layer: LoraLinear) -> bool:
-    base = cast(Any, layer).base_layer
-    return type(base) is nn.Linear and "forward" not in layer.__dict__
+        cast(Any, layer).forward = FusedLora(layer)
+    for layer in plain:
+        if layer not in factors:
+            cast(Any, layer).forward = FusedLinear(layer)
+    return len(layers) + len(set(plain) - factors)
 
 
 @dataclass(frozen=True)
-class FusedForward:
+class FusedLinear:
+    """The forward of one plain layer."""
+
+    layer: nn.Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As torch's, `[…, in]` to `[…, out]`."""
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return nn.Linear.forward(self.layer, x)
+        return cast(Tensor, _Product.apply(x, self.layer.weight, self.layer.bias))
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + b.
+
+    With g the gradient for y:  dx = g W;  dW = gᵀ x;  db = Σ g
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape = x.shape
+        return product(rows, weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        rows, weight = ctx.saved_tensors
+        g = gradients[0].reshape(-1, weight.shape[0])
+        d_x = product(g, weight.T).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        d_weight = product(g.T, rows.T) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, g.sum(0) if ctx.needs_input_grad[2] else None
+
+
+@dataclass(frozen=True)
+class FusedLora:
     """The forward of one LoRA layer."""
 
     layer: LoraLinear
@@ -83,8 +121,8 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Any:
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ down.to(rows.dtype).T
-        result = linear(rows, weight, bias)
+        low = product(rows, down.to(rows.dtype))
+        result = product(rows, weight, bias)
         result.addmm_(low, up.to(rows.dtype).T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.scale, ctx.shape = scale, x.shape
@@ -99,5 +137,5 @@ class _LoraProduct(torch.autograd.Function):
         d_up = (g.T @ low * ctx.scale).to(up.dtype) if ctx.needs_input_grad[4] else None
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (g @ weight).addmm_(low_g, down.to(g.dtype)).view(ctx.shape)
+            d_x = product(g, weight.T).addmm_(low_g, down.to(g.dtype)).view(ctx.shape)
         return d_x, None, None, d_down, d_up, None
