@@ -49,8 +49,9 @@ def _phases(row: Row) -> str:
 
 
 def _passes(row: Row) -> str:
-    both = [row.get(f"phase_flops_fraction_of_{rate}", {}) for rate in ("gemm_peak", "fastest_gemm")]
-    return ", ".join(f"{name} {value:.0%} ({both[1][name]:.0%})".replace("%", " %") for name, value in both[0].items())
+    shares, strict = (row.get(f"phase_flops_fraction_of_{rate}", {}) for rate in ("gemm_peak", "fastest_gemm"))
+    texts = (f"{name} {share:.0%} ({strict[name]:.0%})" for name, share in shares.items() if name in strict)
+    return ", ".join(texts).replace("%", " %")
 
 
 def _short_name(row: Row) -> str:

@@ -28,12 +28,15 @@ class DemoSettings:
 
 def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
     """Read the flags and the file of `--config` into settings; mistakes end the program with status 2."""
-    parser = argparse.ArgumentParser("helpsteer-rloo demo", description=__doc__)
+    parser = argparse.ArgumentParser("helpsteer-rloo demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", default="configs/demo.yaml", help="settings of the world, the base and the stages")
     parser.add_argument("--seed", type=int, help="seed of the world and of every stage (default: the file's)")
     parser.add_argument("--output_dir", help="directory of everything the demo makes (default: the file's)")
     parser.add_argument("--engine", choices=("packed", "trl"), help="of both stages; trl is TRL's own, for comparison")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if rest:
+        unknown = rest[0].partition("=")[0].removeprefix("--")
+        parser.exit(2, f"helpsteer-rloo demo: {unknown_name(unknown, list(vars(args)), 'flag')}\n")
     given: dict[str, Any] = {"seed": args.seed, "output_dir": args.output_dir, "engine": args.engine}
     given = {key: value for key, value in given.items() if value is not None}
     try:

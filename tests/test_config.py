@@ -155,6 +155,16 @@ def test_the_engine_is_chosen_for_both_stages_or_for_one():
     assert (demo.reward.own.engine, demo.rloo.own.engine) == ("trl", "trl")
 
 
+@pytest.mark.parametrize(
+    ("flag", "nearest"), [("--engin", "engine"), ("--sed=3", "seed"), ("--outputdir", "output_dir")]
+)
+def test_a_mistyped_flag_of_the_demo_is_refused_with_the_nearest(flag, nearest, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_demo([flag, "trl"])
+    assert ended.value.code == 2
+    assert f"did you mean '{nearest}'?" in capsys.readouterr().err
+
+
 def test_rloo_without_flags_has_the_seeds_defaults():
     given_flags = flags_of(RLOO_COMMAND)
     chunk = given_flags.index("--local_rollout_forward_batch_size")

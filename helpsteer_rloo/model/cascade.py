@@ -88,8 +88,8 @@ class Decode:
     are read once a step and not once a row. Prompts of about one length are computed together, as a `_Block`.
 
     Args:
-        prefill: The prompts' keys and values, which are taken over.
-        groups: Index of the prompt of each row, ascending.
+        prefill: The prompts' keys and values, which are taken over: they leave with the last row that needs them.
+        groups: Index of the prompt of each row, ascending; every prompt has one.
         most: Most tokens that a row will add.
     """
 
@@ -165,9 +165,9 @@ class _Block:
     """Neighbouring prompts, their keys and values padded to the longest of them, and the rows that stand on them.
 
     Args:
-        caches: For every layer the keys `[G, H, E, T]` and the values `[G, H, T, E]`.
+        caches: For every layer the keys `[G, H, E, T]` and the values `[G, H, T, E]`; taken over.
         lengths: Tokens of each prompt.
-        counts: Rows of each prompt, none for some perhaps.
+        counts: Rows of each prompt, at least one.
     """
 
     def __init__(self, caches: dict[int, tuple[Tensor, Tensor]], lengths: list[int], counts: list[int]) -> None:
@@ -178,11 +178,7 @@ class _Block:
         self._shape = (len(counts), places)
         starts = [sum(counts[:group]) for group in range(len(counts))]
         # Prompts with fewer rows than others are filled with a row of theirs that stands in twice.
-        fill = [
-            min(start + min(place, n - 1), self.rows - 1)
-            for start, n in zip(starts, counts, strict=True)
-            for place in range(places)
-        ]
+        fill = [start + min(place, n - 1) for start, n in zip(starts, counts, strict=True) for place in range(places)]
         slots = [group * places + place for group, n in enumerate(counts) for place in range(n)]
         rectangular = len(slots) == len(fill)
         self._fill = None if rectangular else torch.tensor(fill, device=device)
@@ -211,10 +207,11 @@ class _Block:
         lengths, caches = [self._lengths[group] for group in left], self._caches
         if len(left) < len(self._lengths):
             longest, kept = max(lengths), self.lengths_R1.new_tensor(left)
-            caches = {
-                index: (keys[..., :longest].index_select(0, kept), values[:, :, :longest].index_select(0, kept))
-                for index, (keys, values) in caches.items()
-            }
+            for index, (keys, values) in caches.items():  # in place, so that no two layers are held twice
+                caches[index] = (
+                    keys[..., :longest].index_select(0, kept),
+                    values[:, :, :longest].index_select(0, kept),
+                )
         return _Block(caches, lengths, [counts[group] for group in left])
 
     def attend(self, index: int, queries_RHQE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.fused_linears import fuse_linears
+from helpsteer_rloo.model.fused_norms import fuse_norms
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
 from helpsteer_rloo.model.last_layer import narrow_last_layer
 from helpsteer_rloo.packing import PackedRow, Span, pack, split_group
 
-ROW_MULTIPLE = 64
+ROW_MULTIPLE = 16
 """On CPUs rows are filled up to a multiple of this, short ones not: oneDNN writes a program for every new shape."""
 
 
@@ -166,6 +168,8 @@ def prepare_packed(model: nn.Module) -> bool:
     if inner.config._attn_implementation != SHARED_PREFIX:  # pyright: ignore[reportPrivateUsage]
         use_shared_prefix(inner)
     narrow_last_layer(body_of(inner))
+    fuse_linears(model)
+    fuse_norms(model)
     return True
 
 

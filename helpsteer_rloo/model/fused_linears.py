@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from helpsteer_rloo.model.products import product
 
@@ -55,18 +56,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
-        ctx.shape = x.shape
-        return product(rows, weight, bias).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        rows, weight = ctx.saved_tensors
-        g = gradients[0].reshape(-1, weight.shape[0])
-        d_x = product(g, weight.T).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        d_weight = product(g.T, rows.T) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight, g.sum(0) if ctx.needs_input_grad[2] else None
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        g = gradients[0]
+        rows = g.reshape(-1, weight.shape[0])
+        d_x = product(g, weight.T) if ctx.needs_input_grad[0] else None
+        d_weight = product(rows.T, x.reshape(-1, weight.shape[1]).T) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,11 @@ class _LoraProduct(torch.autograd.Function):
         result.addmm_(low, up.to(rows.dtype).T, alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.scale, ctx.shape = scale, x.shape
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, low, weight, down, up = ctx.saved_tensors
         g = gradients[0].reshape(-1, weight.shape[0])
         low_g = g @ up.to(g.dtype) * ctx.scale

@@ -42,7 +42,8 @@ def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, tempe
         return TokenLogProbs(empty, empty.detach())
     if _is_plain(head):
         weight = cast(Tensor, head.weight)
-        values, entropies = _FrozenHead.apply(hidden_CD.to(weight.dtype), weight, targets_C, temperature)
+        with torch.autocast(hidden_CD.device.type, enabled=False):
+            values, entropies = _FrozenHead.apply(hidden_CD.to(weight.dtype), weight, targets_C, temperature)
         return TokenLogProbs(values, entropies)
     parts = [
         checkpoint(_chunk_log_probs, part_CD, head, part_C, temperature, use_reentrant=False)
@@ -85,7 +86,7 @@ class _FrozenHead(torch.autograd.Function):
         values_C = hidden_CD.new_empty(len(hidden_CD), dtype=wide)
         entropies_C = torch.empty_like(values_C)
         gradient_CD = torch.empty_like(hidden_CD) if ctx.needs_input_grad[0] else None
-        # The same buffer for every chunk: fresh ones of this size are page faults.
+        # Two buffers of a chunk's logits exist at one time: this one, and the product.
         buffer_CV = values_C.new_empty(min(CHUNK, len(hidden_CD)), len(weight_VD))
         for start in range(0, len(hidden_CD), CHUNK):
             part = slice(start, start + CHUNK)
@@ -104,6 +105,7 @@ class _FrozenHead(torch.autograd.Function):
                 p_CV.scatter_add_(-1, targets_C1, -total_C1)
                 scale_C1 = -1 / (total_C1 * temperature)
                 gradient_CD[part] = product(p_CV.to(weight_VD.dtype), weight_VD.T) * scale_C1.to(weight_VD.dtype)
+            del z_CV
         ctx.save_for_backward(gradient_CD)
         ctx.mark_non_differentiable(entropies_C)
         return values_C, entropies_C

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from helpsteer_rloo.model.fused_linears import FusedLinear, FusedLora
-from helpsteer_rloo.model.products import add_product_of_laid_out, laid_out, lays_out, product_of_laid_out
+from helpsteer_rloo.model.products import add_onednn_product, has_onednn, laid_out, onednn_product, product
 
 MOST_COPIED_BYTES = 2 * 2**30
 """Weights are copied if all of them together are no more than this; a part would cost memory and gain little."""
@@ -73,12 +73,13 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[None]:
     affordable = sum(parts.bytes for parts in alone if parts is not None) <= MOST_COPIED_BYTES
     try:
         for bundle in bundles:
-            if len(bundle) > 1 and not affordable:
-                continue
+            fused = all(isinstance(module.__dict__.get("forward"), FusedLora) for module in bundle)
+            if not affordable and (fused or len(bundle) > 1):
+                continue  # fused layers are as fast without a copy
             parts = _joined([_parts(module) for module in bundle])
             if parts is None:
                 continue
-            packs = lays_out(parts.weight.dtype) if parts.weight.device.type == "cpu" else False
+            packs = has_onednn(parts.weight.dtype) if parts.weight.device.type == "cpu" else False
             copies = affordable and (parts.merges or packs or len(bundle) > 1)
             if copies or parts.updates:
                 forward = _forward(parts, rows if packs else None, copies)
@@ -199,12 +200,12 @@ def _merged(parts: _Parts) -> Tensor:
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Forward:
-    return lambda x: linear(x, weight, bias)
+    return lambda x: product(x, weight, bias)
 
 
 def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Forward:
     packed = laid_out(weight, rows)
-    return lambda x: product_of_laid_out(x, packed, bias)
+    return lambda x: onednn_product(x, packed, bias)
 
 
 def _with_updates(product: Forward, updates: tuple[tuple[Tensor, Tensor], ...]) -> Forward:
@@ -225,7 +226,7 @@ def _with_packed_updates(product: Forward, parts: _Parts, rows: int) -> Forward:
     def forward(x: Tensor) -> Tensor:
         result = product(x)
         for down, up in factors:
-            result = add_product_of_laid_out(result, down(x), up)
+            result = add_onednn_product(result, down(x), up)
         return result
 
     return forward

@@ -8,6 +8,7 @@ probed before they are used, and without them everything is `torch.nn.functional
 Nothing here is differentiable.
 """
 
+import platform
 from functools import cache
 
 import torch
@@ -18,48 +19,48 @@ LEAST_MULTIPLICATIONS = 2**22
 """Smaller products are left to PyTorch: oneDNN makes a program for every new shape, in about 0.4 ms."""
 
 
-def product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """The product x Wᵀ + b, `[R, O]`, of matrices in one dtype; W in any layout, such as a transposed view."""
-    return (_onednn if _is_faster(x_RI, weight_OI) else linear)(x_RI, weight_OI, bias_O)
+def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """The product x Wᵀ + b, `[…, I]` to `[…, O]`, of tensors in one dtype; in any layout, such as a transposed view."""
+    return (onednn_product if _is_faster(x, weight_OI) else linear)(x, weight_OI, bias_O)
 
 
-def _is_faster(x_RI: Tensor, weight_OI: Tensor) -> bool:
+def _is_faster(x: Tensor, weight_OI: Tensor) -> bool:
+    """On other processors than these, oneDNN has no float32 products of its own for weights that are not laid out."""
     return (
-        x_RI.device.type == "cpu"
-        and x_RI.dtype == torch.float32
-        and x_RI.shape[0] * weight_OI.numel() >= LEAST_MULTIPLICATIONS
-        and lays_out(torch.float32)
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() * weight_OI.shape[0] >= LEAST_MULTIPLICATIONS
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and has_onednn(torch.float32)
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias_O, "none", [], "")
-
-
 def laid_out(weight_OI: Tensor, rows: int) -> Tensor:
-    """A copy of a weight in the layout of oneDNN's products with so many rows; for `product_of_laid_out` alone."""
+    """A copy of a weight in the layout of oneDNN's products with so many rows, for the functions below alone."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows)
 
 
-def product_of_laid_out(x: Tensor, weight: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """The product x Wᵀ + b, `[…, I]` to `[…, O]`, with a weight that is `laid_out`."""
-    return _onednn(x, weight, bias_O)
+def onednn_product(x: Tensor, weight: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """The product x Wᵀ + b, `[…, I]` to `[…, O]`, with a weight as it is or `laid_out`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias_O, "none", [], "")
 
 
-def add_product_of_laid_out(result: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """A result plus x Wᵀ in one pass, with a weight that is `laid_out`."""
+def add_onednn_product(result: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A result plus x Wᵀ in one pass, with a weight as it is or `laid_out`."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, result, weight, None, "add")
 
 
 @cache
-def lays_out(dtype: torch.dtype) -> bool:
-    """Whether this build and processor have oneDNN's products for a dtype."""
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this build and processor have oneDNN's products for a dtype, and they are right."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
-    weight, x = torch.eye(16, dtype=dtype), torch.arange(32, dtype=dtype).view(2, 16)
+    with torch.device("cpu"):
+        shift, x = torch.eye(16, dtype=dtype).roll(1, 0), torch.arange(32, dtype=dtype).view(2, 16)
     try:
-        packed = laid_out(weight, 2)
-        doubled = add_product_of_laid_out(product_of_laid_out(x, packed), x, packed)
-        return torch.equal(doubled, x + x) and torch.equal(_onednn(x, weight.T), x)
+        packed = laid_out(shift, 2)
+        doubled = add_onednn_product(onednn_product(x, packed), x, packed)
+        back = onednn_product(x, shift.T)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
+    return torch.equal(doubled, 2 * x.roll(1, 1)) and torch.equal(back, x.roll(-1, 1))

@@ -190,6 +190,7 @@ def _complete(inner: Any, chunk: list[_Piece], sampling: Sampling) -> list[Compl
     prefill, hidden_GD = read_prompts(body, [piece.prompt for piece in chunk], inner.device)
     groups = [group for group, piece in enumerate(chunk) for _ in piece.seeds]
     cascade = Decode(prefill, groups, most=sampling.max_new_tokens)
+    del prefill  # whose caches shrink as rows leave
     record = _Record([seed for piece in chunk for seed in piece.seeds], sampling, inner.device)
     logits_RV = head(hidden_GD)[groups]
     while left := record.add(logits_RV):

@@ -1,7 +1,7 @@
-"""Shared-prefix attention on the CPU: unmasked blocks only, merged by their log-sum-exps.
+"""Shared-prefix attention on the CPU: no work on masked blocks, merged by their log-sum-exps.
 
 A continuation attends to its prompt and to itself. The two softmaxes are computed apart, so that no prompt is copied
-for its continuations and no mask is needed, and merged exactly: with outputs `o` and log-sum-exps `l` of the scores,
+for its continuations, and merged exactly: with outputs `o` and log-sum-exps `l` of the scores,
 
     lse = logaddexp(l_own, l_other),    out = o_own + sigmoid(l_other - l_own) · (o_other - o_own)
 
@@ -73,8 +73,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
 class Ranges:
     """Ranges of tokens that go through a kernel as one batch, the shorter ones padded on the right.
 
-    Padding needs no mask: under causal attention no real query sees it, and as a query it is left unread. Ranges of
-    one length at even distances are strided views of the row (`gathered` is none); others are gathered.
+    Padding of ranges that attend to themselves needs no mask: no real query sees it, and as a query it is left unread.
+    Ranges of one length at even distances are strided views of the row (`gathered` is none); others are gathered.
 
     Attributes:
         start: First token of the first range.

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from helpsteer_rloo.model.forward import base_model, prepare_packed
-from helpsteer_rloo.model.fused_linears import fuse_linears
-from helpsteer_rloo.model.fused_norms import fuse_norms
 
 DEFAULT_TOKENS = 4096
 DEFAULT_TOKENS_CPU = 1024
@@ -41,8 +39,6 @@ def set_up_packing(trainer: Trainer) -> str | None:
         return "dropout in attention"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}"
-    fuse_linears(model)
-    fuse_norms(model)
     trainer.args.ddp_broadcast_buffers = False  # constants, whose broadcast would wait for processes without a row
     return None
 

@@ -1,11 +1,13 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model import forward
 from helpsteer_rloo.model.forward import group_log_probs, score_groups, score_sequences
+from helpsteer_rloo.model.heads import token_log_probs
 from helpsteer_rloo.packing import PackedRow
 
 SEQUENCES = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16, 17, 18]]
@@ -69,6 +71,18 @@ def test_log_probabilities_equal_a_plain_forward_in_float64(tiny_base, temperatu
     groups = [TokenGroup((), tuple(p), (tuple(c),)) for p, c in zip(prompts, completions, strict=True)]
     got = [own.sum().item() for (own,) in group_log_probs(model, groups, 8, temperature)]
     assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_autocast_does_not_round_a_frozen_head():
+    torch.manual_seed(0)
+    hidden_CD, targets_C = torch.randn(9, 16, requires_grad=True), torch.arange(9)
+    head = nn.Linear(16, 40, bias=False).requires_grad_(False)
+    plain = token_log_probs(hidden_CD, head, targets_C).log_probs
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = token_log_probs(hidden_CD, head, targets_C).log_probs
+    assert torch.equal(plain, rounded)
+    gradients = [torch.autograd.grad(values.sum(), hidden_CD)[0] for values in (plain, rounded)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(("multiple", "tokens"), [(1, 22), (4, 24), (5, 25), (64, 22)])

@@ -4,6 +4,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from helpsteer_rloo.model import light_linears as module
+from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.light_linears import light_linears
 
 X = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(0))
@@ -106,7 +107,7 @@ def test_beyond_the_limit_nothing_is_copied(most, monkeypatch):
     monkeypatch.setattr(module, "MOST_COPIED_BYTES", most)
     copied = []
     packed, merged = module._packed, module._merged
-    monkeypatch.setattr(module, "lays_out", lambda dtype: True)
+    monkeypatch.setattr(module, "has_onednn", lambda dtype: True)
     monkeypatch.setattr(
         module, "_packed", lambda weight, bias, rows: copied.append(weight.shape) or packed(weight, bias, rows)
     )
@@ -117,8 +118,17 @@ def test_beyond_the_limit_nothing_is_copied(most, monkeypatch):
     torch.testing.assert_close(light, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_beyond_the_limit_fused_layers_stay(monkeypatch):
+    monkeypatch.setattr(module, "MOST_COPIED_BYTES", 0)
+    model = adapted()
+    fuse_linears(model)
+    fused = {name: part.__dict__["forward"] for name, part in model.named_modules() if "forward" in part.__dict__}
+    with torch.no_grad(), light_linears((model,), rows=5):
+        assert all(model.get_submodule(name).__dict__["forward"] is forward for name, forward in fused.items())
+
+
 def test_without_the_packed_product_results_are_the_same(monkeypatch):
-    monkeypatch.setattr(module, "lays_out", lambda dtype: False)
+    monkeypatch.setattr(module, "has_onednn", lambda dtype: False)
     assert compared(Small())[2] == []
     plain, light, names = compared(adapted())
     assert names == ["first", "second"]

@@ -5,9 +5,9 @@ from torch.nn.functional import linear
 
 from helpsteer_rloo.model import products
 from helpsteer_rloo.model.fused_linears import fuse_linears
-from helpsteer_rloo.model.products import LEAST_MULTIPLICATIONS, lays_out, product
+from helpsteer_rloo.model.products import LEAST_MULTIPLICATIONS, has_onednn, product
 
-pytestmark = pytest.mark.skipif(not lays_out(torch.float32), reason="this build of PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not has_onednn(torch.float32), reason="this build of PyTorch has no oneDNN")
 
 
 def draw(rows, inputs, outputs, dtype=torch.float32):
@@ -36,16 +36,33 @@ def test_large_products_are_as_close_to_float64_as_pytorchs(with_bias, transpose
 )
 def test_only_large_products_in_float32_go_to_onednn(rows, dtype, asked, monkeypatch):
     calls = []
-    monkeypatch.setattr(products, "_onednn", lambda *args: calls.append(args) or linear(*args))
+    monkeypatch.setattr(products, "onednn_product", lambda *args: calls.append(args) or linear(*args))
     x, weight, bias = draw(rows, 128, 192, dtype)
     assert torch.equal(product(x, weight, bias), linear(x, weight, bias))
     assert len(calls) == asked
 
 
 def test_without_onednn_everything_is_pytorchs(monkeypatch):
-    monkeypatch.setattr(products, "lays_out", lambda dtype: False)
+    monkeypatch.setattr(products, "has_onednn", lambda dtype: False)
     x, weight, bias = draw(300, 128, 192)
     assert torch.equal(product(x, weight, bias), linear(x, weight, bias))
+
+
+def test_tensors_of_any_rank_and_without_rows_are_taken():
+    x, weight, bias = draw(300, 128, 192)
+    torch.testing.assert_close(product(x.view(3, 100, 128), weight, bias), linear(x, weight, bias).view(3, 100, 192))
+    layer = nn.Linear(128, 192)
+    fuse_linears(layer)
+    assert layer(torch.zeros(1, 0, 128)).shape == (1, 0, 192)
+
+
+def test_second_derivatives_are_refused():
+    layer = nn.Linear(128, 192)
+    fuse_linears(layer)
+    x = torch.randn(3, 128, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -1,4 +1,5 @@
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+from helpsteer_rloo.model import cascade, rollout
 from helpsteer_rloo.model.attention import SHARED_PREFIX, use_shared_prefix
 from helpsteer_rloo.model.loading import end_ids
 from helpsteer_rloo.model.rollout import (
@@ -128,6 +130,26 @@ def test_caches_that_grow_and_are_cut_by_length_stay_right(exact_model, block_co
     monkeypatch.setattr("helpsteer_rloo.model.cascade.ROW_TOKENS", 10)
     groups = sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)
     assert furthest(exact_model, PROMPTS, groups) < 1e-9
+
+
+def test_caches_of_prompts_without_rows_are_let_go(model, monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.model.cascade.BLOCK_COST", 0)
+    alive, read = [], cascade.read_prompts
+
+    def watched(*args):
+        prefill, hidden = read(*args)
+        alive.extend(weakref.ref(cache) for caches in prefill.caches for pair in caches.values() for cache in pair)
+        return prefill, hidden
+
+    at_the_end = []
+    draw = rollout.draw
+    monkeypatch.setattr(rollout, "read_prompts", watched)
+    monkeypatch.setattr(
+        rollout, "draw", lambda *a, **k: at_the_end.append(sum(r() is not None for r in alive)) or draw(*a, **k)
+    )
+    sampling = Sampling(40, 1.0, 1.0, 0, tuple(range(12)))
+    sample_groups(model, PROMPTS, SEEDS, sampling, rows=64)
+    assert at_the_end[0] == len(alive) > at_the_end[-1]
 
 
 @pytest.mark.parametrize("truncation", [{"temperature": 1e-4}, {"top_k": 1}])
