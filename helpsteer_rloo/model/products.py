@@ -20,7 +20,7 @@ LEAST_MULTIPLICATIONS = 2**22
 
 
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """The product x Wᵀ + b, `[…, I]` to `[…, O]`, of tensors in one dtype; in any layout, such as a transposed view."""
+    """The product x Wᵀ + b, `[…, I]` to `[…, O]`, of tensors in one dtype, as they are or as transposed views."""
     return (onednn_product if _is_faster(x, weight_OI) else linear)(x, weight_OI, bias_O)
 
 
@@ -30,9 +30,16 @@ def _is_faster(x: Tensor, weight_OI: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() * weight_OI.shape[0] >= LEAST_MULTIPLICATIONS
+        and _is_dense(x)
+        and _is_dense(weight_OI)
         and platform.machine().lower() in ("x86_64", "amd64")
         and has_onednn(torch.float32)
     )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether nothing lies between the elements: for others, such as slices, oneDNN can be a thousand times slower."""
+    return tensor.is_contiguous() or (tensor.ndim == 2 and tensor.T.is_contiguous())
 
 
 def laid_out(weight_OI: Tensor, rows: int) -> Tensor:

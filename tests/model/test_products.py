@@ -42,6 +42,13 @@ def test_only_large_products_in_float32_go_to_onednn(rows, dtype, asked, monkeyp
     assert len(calls) == asked
 
 
+def test_slices_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(products, "onednn_product", None)
+    x, weight, _ = draw(300, 256, 192)
+    for parts in ((x[:, :128], weight[:, :128].clone()), (x[:, :128].clone(), weight[:, :128])):
+        assert torch.equal(product(*parts), linear(*parts))
+
+
 def test_without_onednn_everything_is_pytorchs(monkeypatch):
     monkeypatch.setattr(products, "has_onednn", lambda dtype: False)
     x, weight, bias = draw(300, 128, 192)
