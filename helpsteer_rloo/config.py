@@ -65,7 +65,8 @@ class EngineKnobs(DataKnobs):
     """
 
     engine: str = _knob(
-        "packed", "'packed': rows without padding, each prompt computed once; 'trl': TRL's own passes, for comparison."
+        "packed",
+        "'packed': rows with next to no padding, each prompt computed once; 'trl': TRL's own passes, for comparison.",
     )
     packed_tokens: int | None = _knob(
         None,

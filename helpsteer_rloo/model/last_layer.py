@@ -18,18 +18,19 @@ def narrow_last_layer(body: nn.Module) -> None:
     """
     layer = cast(Any, body).layers[-1]
     if "forward" not in layer.__dict__:
-        network = _Network(layer.mlp)
-        layer.mlp.forward, layer.forward = network, _Layer(layer, network)
+        network = NarrowNetwork(layer.mlp)
+        layer.mlp.forward, layer.forward = network, NarrowLayer(layer, network)
 
 
 @dataclass
-class _Network:
+class NarrowNetwork:
     """The forward of a feed-forward network, at the positions `read` only if there are any; zero elsewhere."""
 
     module: nn.Module
     read: Tensor | None = None
 
     def __call__(self, hidden_1TD: Tensor) -> Tensor:
+        """As transformers', `[1, T, D]` to `[1, T, D]`."""
         module = cast(Any, self.module)
         if self.read is None:
             return type(module).forward(module, hidden_1TD)
@@ -38,16 +39,17 @@ class _Network:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class NarrowLayer:
     """The forward of the last layer.
 
     Under checkpointing it computes everything: what is computed again in the backward pass does not come by here.
     """
 
     module: nn.Module
-    network: _Network
+    network: NarrowNetwork
 
     def __call__(self, *args: Any, read: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', with one keyword more."""
         module = cast(Any, self.module)
         self.network.read = None if module.gradient_checkpointing and module.training else read
         try:

@@ -6,7 +6,7 @@ where PyTorch lays out the weight anew for every product. Modules stay where the
 for as long as the context lasts.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from helpsteer_rloo.model.fused_linears import FusedLinear, FusedLora
-from helpsteer_rloo.model.products import add_onednn_product, has_onednn, laid_out, onednn_product, product
+from helpsteer_rloo.model.products import has_onednn, laid_out, onednn_product, product
 
 MOST_COPIED_BYTES = 2 * 2**30
 """Weights are copied if all of them together are no more than this; a part would cost memory and gain little."""
@@ -57,7 +57,7 @@ class _Parts:
 
 
 @contextmanager
-def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[None]:
+def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[Mapping[nn.Module, Forward]]:
     """Let the linear layers within some modules run lighter, without gradients.
 
     Plain layers and LoRA layers with their active adapters take part. What is of another kind (quantized, offloaded,
@@ -66,7 +66,11 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[None]:
     Args:
         modules: Where to look; a layer may be given itself.
         rows: Rows that most products will have, for the choice of a layout.
+
+    Yields:
+        For the first of the layers that became one product, that product: their outputs side by side.
     """
+    joined: dict[nn.Module, Forward] = {}
     shadowed: dict[nn.Module, Any] = {}
     bundles = [bundle for top in modules for bundle in _bundles(top)]
     alone = [_parts(bundle[0]) for bundle in bundles if len(bundle) == 1]
@@ -83,10 +87,12 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[None]:
             copies = affordable and (parts.merges or packs or len(bundle) > 1)
             if copies or parts.updates:
                 forward = _forward(parts, rows if packs else None, copies)
+                if len(bundle) > 1:
+                    joined[bundle[0]] = forward
                 for module, own in zip(bundle, _shared(forward, parts.sizes), strict=True):
                     shadowed[module] = module.__dict__.get("forward")
                     module.__dict__["forward"] = own
-        yield
+        yield joined
     finally:
         for module, fused in shadowed.items():
             if fused is None:
@@ -188,8 +194,7 @@ def _forward(parts: _Parts, rows: int | None, copies: bool) -> Forward:
     if not copies or rows is None:
         product = _plain(weight, parts.bias)
         return product if merges or not parts.updates else _with_updates(product, parts.updates)
-    product = _packed(weight, parts.bias, rows)
-    return product if merges or not parts.updates else _with_packed_updates(product, parts, rows)
+    return _packed(weight, parts.bias, rows) if merges or not parts.updates else _packed_with_updates(parts, rows)
 
 
 def _merged(parts: _Parts) -> Tensor:
@@ -218,15 +223,10 @@ def _with_updates(product: Forward, updates: tuple[tuple[Tensor, Tensor], ...]) 
     return forward
 
 
-def _with_packed_updates(product: Forward, parts: _Parts, rows: int) -> Forward:
-    """The adapters' factors in the type of the weight, each laid out ahead; the last product adds to what is there."""
+def _packed_with_updates(parts: _Parts, rows: int) -> Forward:
+    """Computes x Wᵀ + Σ (x Aᵀ) Bᵀ as one product, of x and x Aᵀ side by side with W and B side by side."""
     dtype = parts.weight.dtype
-    factors = [(_packed(down.to(dtype), None, rows), laid_out(up.to(dtype), rows)) for down, up in parts.updates]
-
-    def forward(x: Tensor) -> Tensor:
-        result = product(x)
-        for down, up in factors:
-            result = add_onednn_product(result, down(x), up)
-        return result
-
-    return forward
+    downs, ups = zip(*parts.updates, strict=True)
+    down = _packed(torch.cat(downs).to(dtype), None, rows)
+    product = _packed(torch.cat([parts.weight, *(up.to(dtype) for up in ups)], dim=1), parts.bias, rows)
+    return lambda x: product(torch.cat([x, down(x)], dim=-1))

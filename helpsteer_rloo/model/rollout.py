@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.cascade import Decode, read_prompts
+from helpsteer_rloo.model.decoding import Step, decoding_step
 from helpsteer_rloo.model.drawing import draw, widest_float
 from helpsteer_rloo.model.light_linears import light_linears
 from helpsteer_rloo.model.loading import Model
@@ -140,10 +141,10 @@ def sample_groups(
         raise ValueError("Sampling needs at least one row, one new token, and one token in every prompt.")
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     results: dict[tuple[int, int], Completion] = {}
-    with torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))):
+    with torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))) as step:
         for chunk in tqdm(_chunks(prompts, seeds, rows), desc="Sampling", leave=False, disable=not progress):
             places = [place for piece in chunk for place in piece.places]
-            results |= zip(places, _complete(inner, chunk, sampling), strict=True)
+            results |= zip(places, _complete(inner, step, chunk, sampling), strict=True)
     return [[results[i, j] for j in range(len(group))] for i, group in enumerate(seeds)]
 
 
@@ -166,7 +167,7 @@ def _chunks(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], ro
 
 
 @contextmanager
-def _ready_to_decode(inner: Any, rows: int) -> Generator[None]:
+def _ready_to_decode(inner: Any, rows: int) -> Generator[Step]:
     """Evaluation mode (checkpointing in training mode would recompute), shared prefixes, light layers, no autocast."""
     modes = {module: module.training for module in cast(nn.Module, inner).modules()}
     attention = inner.config._attn_implementation
@@ -175,8 +176,9 @@ def _ready_to_decode(inner: Any, rows: int) -> Generator[None]:
         inner.eval()
         if attention != SHARED_PREFIX:
             use_shared_prefix(inner)
-        with torch.autocast(inner.device.type, enabled=False), light_linears((body, head), rows), packed_pass():
-            yield
+        autocast = torch.autocast(inner.device.type, enabled=False)
+        with autocast, light_linears((body, head), rows) as joined, packed_pass():
+            yield decoding_step(body, joined)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -184,7 +186,7 @@ def _ready_to_decode(inner: Any, rows: int) -> Generator[None]:
             inner.set_attn_implementation(attention)
 
 
-def _complete(inner: Any, chunk: list[_Piece], sampling: Sampling) -> list[Completion]:
+def _complete(inner: Any, step: Step, chunk: list[_Piece], sampling: Sampling) -> list[Completion]:
     """Decode the completions of one chunk, in its order."""
     body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
     prefill, hidden_GD = read_prompts(body, [piece.prompt for piece in chunk], inner.device)
@@ -197,9 +199,7 @@ def _complete(inner: Any, chunk: list[_Piece], sampling: Sampling) -> list[Compl
         if len(left) <= LIVE_SHARE * len(logits_RV):
             cascade.keep(left)
             record.keep(left)
-        positions_R1 = cascade.advance()
-        output = body(input_ids=record.last(), position_ids=positions_R1, use_cache=False, cascade=cascade)
-        logits_RV = head(output.last_hidden_state[:, 0])
+        logits_RV = head(step(record.last(), cascade.advance(), cascade))
     return record.completions()
 
 

@@ -37,9 +37,9 @@ class RewardConfig(trl.RewardConfig):
 class RewardTrainer(trl.RewardTrainer):
     """TRL's `RewardTrainer`, same arguments, with five differences.
 
-    - Pairs are computed in packed rows: no padding, the prompt once for both responses, and for all pairs that share a
-      value in the column `group`, if the data set has one. Loss and gradients are TRL's to float error; only where the
-      batches of one optimizer step differ in size does every pair count alike, instead of every batch.
+    - Pairs are computed in packed rows: next to no padding, the prompt once for both responses, and for all pairs that
+      share a value in the column `group`, if the data set has one. Loss and gradients are TRL's to float error; only
+      where the batches of one optimizer step differ in size does every pair count alike, instead of every batch.
     - With a column `group`, a shuffled batch holds whole prompts, as far as sizes allow; TRL scatters their pairs.
     - The scalar head is trained and saved whatever the `peft_config` says: its task type becomes `SEQ_CLS`. (TRL 1.16
       leaves the head frozen and unsaved without a task type, and crashes on `CAUSAL_LM`.)

@@ -45,7 +45,7 @@ __all__ = ["RLOOConfig", "RLOOTrainer"]
 class RLOOTrainer(ScoredRLOOTrainer):
     """TRL's `RLOOTrainer`, same arguments and configurations, with these differences besides `ScoredRLOOTrainer`'s.
 
-    - Policy, reference and reward passes run on packed rows: no padding, each prompt once for its completions.
+    - Policy, reference and reward passes run on packed rows: next to no padding, each prompt once for its completions.
     - Where every completion is trained on once, there is no pass for the old log-probabilities: the training pass
       yields them, with the same value.
     - Completions are sampled by the embedded sampler, prompts computed once, unless vLLM or a setting that only

@@ -1,5 +1,4 @@
 import itertools
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -132,24 +131,31 @@ def test_caches_that_grow_and_are_cut_by_length_stay_right(exact_model, block_co
     assert furthest(exact_model, PROMPTS, groups) < 1e-9
 
 
-def test_caches_of_prompts_without_rows_are_let_go(model, monkeypatch):
-    monkeypatch.setattr("helpsteer_rloo.model.cascade.BLOCK_COST", 0)
-    alive, read = [], cascade.read_prompts
+def test_caches_shrink_as_rows_leave(model, monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.model.cascade.FIRST_TOKENS", 40)
+    held, decoders, draw = [], [], rollout.draw
 
-    def watched(*args):
-        prefill, hidden = read(*args)
-        alive.extend(weakref.ref(cache) for caches in prefill.caches for pair in caches.values() for cache in pair)
-        return prefill, hidden
+    def watched(*args, **kwargs):
+        decoders.append(cascade.Decode(*args, **kwargs))
+        return decoders[0]
 
-    at_the_end = []
-    draw = rollout.draw
-    monkeypatch.setattr(rollout, "read_prompts", watched)
-    monkeypatch.setattr(
-        rollout, "draw", lambda *a, **k: at_the_end.append(sum(r() is not None for r in alive)) or draw(*a, **k)
-    )
+    def drawn(*args, **kwargs):
+        caches = [cache for block in decoders[0]._blocks for pair in block._caches.values() for cache in pair]
+        held.append(sum(cache.untyped_storage().nbytes() for cache in caches))
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(rollout, "Decode", watched)
     sampling = Sampling(40, 1.0, 1.0, 0, tuple(range(12)))
+    monkeypatch.setattr(rollout, "draw", lambda *args, **kwargs: (drawn if decoders else draw)(*args, **kwargs))
     sample_groups(model, PROMPTS, SEEDS, sampling, rows=64)
-    assert at_the_end[0] == len(alive) > at_the_end[-1]
+    assert held[-1] < 0.3 * held[0]
+
+
+@pytest.mark.parametrize("places", [1, 2, 8])
+def test_rows_of_a_prompt_in_several_parties(exact_model, places, monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.model.cascade.PLACES", places)
+    groups = sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)
+    assert furthest(exact_model, PROMPTS, groups) < 1e-9
 
 
 @pytest.mark.parametrize("truncation", [{"temperature": 1e-4}, {"top_k": 1}])
@@ -166,19 +172,20 @@ def test_the_most_likely_tokens_are_those_of_greedy_generate(model, truncation):
         assert not completion.ended
 
 
-def test_rows_that_have_ended_leave(model, monkeypatch):
-    rows = []
-    forward = type(model.model).forward
+@pytest.fixture
+def tokens_read(model):
+    """Shapes of the ids that go through the model's embedding."""
+    shapes = []
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    yield shapes
+    handle.remove()
 
-    def counted(self, *args, **kwargs):
-        rows.append(kwargs["input_ids"].shape[0])
-        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.model), "forward", counted)
+def test_rows_that_have_ended_leave(model, tokens_read):
     sampling = Sampling(40, 1.0, 1.0, 0, tuple(range(12)))
     (group, _) = sample_groups(model, [[3], [4, 5]], [list(range(24)), list(range(8))], sampling, rows=32)
     lengths = sorted(len(completion.ids) for completion in group)
-    steps = rows[1:]
+    steps = [rows for rows, _ in tokens_read[1:]]
     assert steps == sorted(steps, reverse=True)
     assert steps[0] <= 32
     assert len(steps) < 40
@@ -190,17 +197,23 @@ def test_rows_that_have_ended_leave(model, monkeypatch):
         assert len(completion.log_probs) == len(completion.ids)
 
 
-def test_a_prompt_is_read_once_for_all_of_its_completions(model, monkeypatch):
-    tokens = []
-    forward = type(model.model).forward
-
-    def counted(self, *args, **kwargs):
-        tokens.append(kwargs["input_ids"].shape)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model.model), "forward", counted)
+def test_a_prompt_is_read_once_for_all_of_its_completions(model, tokens_read):
     sample_groups(model, PROMPTS, SEEDS, Sampling(3, 1.0, 1.0, 0, ()), rows=64)
-    assert tokens == [(1, 41 + 5 + 3 + 1), (19, 1), (19, 1)]  # the prompt without seeds is not read at all
+    assert tokens_read == [(1, 41 + 5 + 3 + 1), (19, 1), (19, 1)]  # the prompt without seeds is not read at all
+
+
+def test_a_model_with_hooks_runs_its_own_forward(exact_model):
+    seen = []
+    exact_model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    groups = sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)
+    assert len(seen) > 10
+    assert furthest(exact_model, PROMPTS, groups) < 1e-9
+
+
+def test_another_norm_is_not_taken_for_a_root_mean_square(model):
+    for layer in model.model.layers:
+        layer.input_layernorm = torch.nn.LayerNorm(32)
+    assert furthest(model, PROMPTS, sample_groups(model, PROMPTS, SEEDS, FREE, rows=64)) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
