@@ -140,7 +140,8 @@ def needed(spec: Spec, shape: Shape, prompts: Sequence[int], result: Run) -> Run
     work = sum((Work.of_group(prompt, [spec["completion"]] * spec["k"]) for prompt in prompts), Work())
     head = models.head_flops(shape, len(prompts) * spec["k"] * spec["completion"])
     forward, backward = models.forward_flops(shape, work), models.backward_flops(shape, work)
-    flops = {"reference": forward + head, "reward": forward, "policy": forward + head, "backward": backward + head}
+    # The gradient under the frozen head is computed along with its values, in the policy pass.
+    flops = {"reference": forward + head, "reward": forward, "policy": forward + 2 * head, "backward": backward}
     flops = {phase: count / steps for phase, count in flops.items()}
     seconds = result["phase_seconds"]
     return {

@@ -76,6 +76,23 @@ _WORK: list[Column] = [
     ("with recomputation", _percent("flops_fraction_with_recomputation")),
     ("of fastest GEMM", _percent("flops_fraction_of_fastest_gemm")),
 ]
+
+
+def _seconds_of(stage: str) -> Callable[[Row], str]:
+    return lambda row: (
+        f"{row[f'{stage}_seconds_ours']:.1f} / {row[f'{stage}_seconds_trl']:.1f} ({row[f'{stage}_ratio']:.2f}×)"
+    )
+
+
+def _quality(side: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        change = row[f"gold_change_{side}"]
+        low, high = change["interval"]
+        return f"{row[f'accuracy_{side}']:.3f}, {change['value']:+.3f} [{low:.3f}, {high:.3f}]"
+
+    return text
+
+
 _FIGURES = ("largest", "mean")
 _COMPARISON: list[Column] = [_NAME, *_TIMES, *_MEMORY, *_WORK]
 COLUMNS: dict[str, list[Column]] = {
@@ -94,6 +111,13 @@ COLUMNS: dict[str, list[Column]] = {
         ("peak of the body alone, GiB", _number("peak_bytes_body", 2**30)),
         ("growth beyond it, ours", _percent("growth_beyond_body_ours")),
         ("growth beyond it, TRL", _percent("growth_beyond_body_trl")),
+    ],
+    "demo": [
+        _NAME,
+        ("reward stage, s: ours / TRL", _seconds_of("reward")),
+        ("RLOO stage, s: ours / TRL", _seconds_of("rloo")),
+        ("ours: accuracy, gain in true quality", _quality("ours")),
+        ("TRL: accuracy, gain in true quality", _quality("trl")),
     ],
     "precision": [
         _NAME,

@@ -281,3 +281,14 @@ def test_rloo_step_runs_and_both_sides_agree_on_forced_completions(tmp_path):
     assert row["forced_gradient_difference"] < 1e-4
     assert (row["completions"], row["completion_tokens"]) == (16, 16 * 8)
     assert row["sampling_floor_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_demo_runs_with_both_engines(tmp_path):
+    output = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "benchmarks.demo_engines", "--quick", "--threads", "1", "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    row = json.loads(output.read_text(encoding="utf-8"))
+    assert row["ratio"] == row["trl"] / row["ours"] > 0
+    assert row["gold_before_ours"] == row["gold_before_trl"]
+    assert "seed1" in tables.table("demo", [row])
