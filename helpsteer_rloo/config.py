@@ -329,7 +329,11 @@ RLOO = CommandSpec(
 
 PIPELINE = CommandSpec(
     program="train_pipeline.py",
-    description="Data, reward model, verification, RLOO, evaluation and summary, in one resumable run.",
+    description=(
+        "Data, reward model, verification, RLOO, evaluation and summary, in one resumable run.\n\n"
+        "Any flag of reward_model_training.py is given as --reward.FLAG, and any of rloo_helpsteer_training.py as\n"
+        "--rloo.FLAG; their --help lists them."
+    ),
     knobs=PipelineKnobs,
     refused={"demo": "the file describes the demo; run it with helpsteer-rloo demo --config FILE."},
 )

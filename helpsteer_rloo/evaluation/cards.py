@@ -87,5 +87,6 @@ reward model `{record["reward_model"]}`: {training["episodes"]:.0f} completions,
 K = {settings["rloo_k"]}, KL coefficient {settings["kl_coef"]}, learning rate {settings["learning_rate"]},
 missing-EOS penalty {settings["missing_eos_penalty"]}.
 
-How much better it became on held-out prompts is in the `summary.json` of the run. {LICENCE_NOTE}
+The pipeline's `summary.json` says how much better it became on held-out prompts; the script alone does not judge it.
+{LICENCE_NOTE}
 """

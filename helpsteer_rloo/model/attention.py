@@ -27,6 +27,8 @@ from helpsteer_rloo.packing import Span
 SHARED_PREFIX = "shared_prefix"
 ARCHITECTURES = ("qwen3", "llama")
 """Model types whose packed passes are tested against plain ones."""
+UNEVEN_ROTATIONS = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the longest sequence of a call, and so on what a sequence is computed with."""
 
 
 class Cascade(Protocol):
@@ -149,7 +151,9 @@ def supports_shared_prefix(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or ()
     full = all(layer == "full_attention" for layer in layers) and getattr(config, "sliding_window", None) is None
-    return config.model_type in ARCHITECTURES and full and bool(getattr(model, "_supports_attention_backend", False))
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    known = config.model_type in ARCHITECTURES and rotation not in UNEVEN_ROTATIONS
+    return known and full and bool(getattr(model, "_supports_attention_backend", False))
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:

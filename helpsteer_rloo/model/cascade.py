@@ -3,13 +3,14 @@
 Both passes run transformers' own modules. They reach the caches as the keyword `cascade`, which the attention function
 of `helpsteer_rloo.model.attention` turns to: `Prefill` while prompts are read, `Decode` while tokens are added.
 
-Tensor axes as in `helpsteer_rloo.groups`. Besides, R are the rows that are decoded together, G their prompts, H the key
-heads, Q the query heads of a key head, E the head size, and T in a cache its tokens.
+Tensor axes as in `helpsteer_rloo.groups`. Besides, R are the rows that are decoded together, G their prompts, S a
+prompt's places among rows (the most rows that a prompt has), H the key heads, Q the query heads of a key head, E the
+head size, and T in a cache its tokens.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,8 @@ ROW_TOKENS = 2048
 """Tokens of prompts that are read in one pass (a longer prompt alone); larger buffers only cost page faults."""
 BLOCK_COST = 2048
 """What computing some prompts apart from others costs in each step, in tokens of padding."""
-PLACES = 8
-"""Most rows of a prompt that are computed together; more of them hold the prompt's keys and values again."""
 FIRST_TOKENS = 128
-"""New tokens that caches have room for at first; it is doubled when it is full."""
-
-_Caches = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of every layer."""
+"""Tokens that a row's own cache has room for at first; it is doubled when it is full."""
 
 
 class Prefill:
@@ -44,7 +40,7 @@ class Prefill:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
         self.runs = cheapest_runs([(1, length, 1) for length in lengths], BLOCK_COST)
-        self.caches: list[_Caches] = [{} for _ in self.runs]
+        self.caches: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in self.runs]
         self._places = [(number, place) for number, run in enumerate(self.runs) for place in range(len(run))]
         self._first, self._spans = 0, tuple[Span, ...]()
 
@@ -86,12 +82,10 @@ def read_prompts(body: nn.Module, prompts: Sequence[Sequence[int]], device: torc
 
 
 class Decode:
-    """Attention of one new token a row to the row's prompt and to the tokens drawn since.
+    """Attention of one new token a row to the row's prompt and to the tokens drawn since, in one softmax.
 
-    The rows of a prompt stand next to each other and form parties of at most `PLACES`. A party's queries meet the
-    prompt's keys and the new keys of all of its rows in one product, in which those of other rows are masked: computing
-    them costs less than the operations that would keep them apart. Parties with prompts of about one length are
-    computed together, as a `_Block`.
+    The rows of a prompt stand next to each other. Their queries meet the prompt's keys in one product, so that these
+    are read once a step and not once a row. Prompts of about one length are computed together, as a `_Block`.
 
     Args:
         prefill: The prompts' keys and values, which are taken over: they leave with the last row that needs them.
@@ -100,11 +94,12 @@ class Decode:
     """
 
     def __init__(self, prefill: Prefill, groups: Sequence[int], most: int) -> None:
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
         self._most = most
         self._step = -1
         counts = Counter(groups)
         self._blocks = [
-            _block_of([prefill.lengths[group] for group in run], [counts[group] for group in run], caches)
+            _Block(caches, [prefill.lengths[group] for group in run], [counts[group] for group in run])
             for run, caches in zip(prefill.runs, prefill.caches, strict=True)
         ]
         self._lengths_R1 = self._positions()
@@ -119,13 +114,16 @@ class Decode:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let all rows but these leave, and with them the prompts that have none left."""
+        chosen = torch.tensor(rows, device=self._lengths_R1.device)
+        for index, caches in self._own.items():
+            self._own[index] = cast(Any, tuple(cache.index_select(0, chosen) for cache in caches))
         first = 0
         left: list[_Block] = []
         for block in self._blocks:
             inside = [row - first for row in rows if first <= row < first + block.rows]
             first += block.rows
             if inside:
-                left.append(block.keeping(inside, self._step + 1))
+                left.append(block.keeping(inside))
         self._blocks = left
         self._lengths_R1 = self._positions()
 
@@ -145,129 +143,111 @@ class Decode:
         index = cast(int, module.layer_idx)
         rows, heads, _, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
-        queries_RHQE = query.reshape(rows, key.shape[1], -1, size)
+        queries_RHQE = query.reshape(rows, key.shape[1], -1, size) * scale
         counts = [block.rows for block in self._blocks]
-        outputs: list[Tensor] = []
-        for block, *parts in zip(self._blocks, *(x.split(counts) for x in (queries_RHQE, key, value)), strict=True):
-            block.make_room(index, self._step, self._most)
-            block.append(index, self._step, *parts[1:])
-            outputs.append(block.attend(index, self._step, parts[0], scale))
-        return torch.cat(outputs).view(rows, 1, heads, size)
+        parts = zip(*(x.split(counts) for x in (queries_RHQE, *self._append(index, key, value))), strict=True)
+        outputs = [block.attend(index, *part) for block, part in zip(self._blocks, parts, strict=True)]
+        return torch.cat(outputs).reshape(rows, 1, heads, size)
 
-
-def _block_of(lengths: Sequence[int], counts: Sequence[int], caches: _Caches) -> "_Block":
-    """The block of some prompts with so many rows each, cut into parties as equal as can be."""
-    parties = [
-        (group, share)
-        for group, count in enumerate(counts)
-        for number in [-(-count // PLACES)]
-        for share in [count // number + (place < count % number) for place in range(number)]
-    ]
-    groups, shares = zip(*parties, strict=True)
-    if len(groups) > len(counts):
-        for index, (keys, values) in caches.items():
-            chosen = torch.tensor(groups, device=keys.device)
-            caches[index] = keys.index_select(0, chosen), values.index_select(0, chosen)
-    return _Block([lengths[group] for group in groups], shares, caches)
+    def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if index not in self._own:
+            room = min(self._most, FIRST_TOKENS)
+            self._own[index] = cast(Any, tuple(_room(new, room) for new in (key, value)))
+        elif self._step == self._own[index][0].shape[2]:
+            room = min(self._most, 2 * self._step)
+            self._own[index] = cast(Any, tuple(_grown(cache, room) for cache in self._own[index]))
+        keys, values = self._own[index]
+        keys[:, :, self._step], values[:, :, self._step] = key[:, :, 0], value[:, :, 0]
+        return keys[:, :, : self._step + 1], values[:, :, : self._step + 1]
 
 
 class _Block:
-    """Parties of rows side by side, their prompts padded to the longest of them.
-
-    Axes: P parties, S places of a party, L positions: T of the prompt, and then S for every new token.
+    """Neighbouring prompts, their keys and values padded to the longest of them, and the rows that stand on them.
 
     Args:
-        lengths: Tokens of each party's prompt.
-        counts: Rows of each party, at least one.
-        caches: For every layer the keys `[P, H, E, L]` and the values `[P, H, L, E]`; taken over.
+        caches: For every layer the keys `[G, H, E, T]` and the values `[G, H, T, E]`; taken over.
+        lengths: Tokens of each prompt.
+        counts: Rows of each prompt, at least one.
     """
 
-    def __init__(self, lengths: Sequence[int], counts: Sequence[int], caches: _Caches) -> None:
+    def __init__(self, caches: dict[int, tuple[Tensor, Tensor]], lengths: list[int], counts: list[int]) -> None:
         self._caches, self._lengths, self._counts = caches, lengths, counts
-        self._longest, self._places, self.rows = max(lengths), max(counts), sum(counts)
-        self._bias_X_S_L: Tensor | None = None
+        self.rows = sum(counts)
         device = next(iter(caches.values()))[0].device
-        starts = [sum(counts[:party]) for party in range(len(counts))]
-        # Parties with fewer rows than others are filled with a row of theirs that stands in again.
-        fill = [start + min(p, n - 1) for start, n in zip(starts, counts, strict=True) for p in range(self._places)]
-        slots = [party * self._places + place for party, n in enumerate(counts) for place in range(n)]
+        self._shape = groups, places = len(counts), max(counts)
+        starts = [sum(counts[:group]) for group in range(groups)]
+        # Prompts with fewer rows than others are filled with a row of theirs that stands in again.
+        fill = [start + min(place, n - 1) for start, n in zip(starts, counts, strict=True) for place in range(places)]
+        slots = [group * places + place for group, n in enumerate(counts) for place in range(n)]
         rectangular = len(slots) == len(fill)
         self._fill = None if rectangular else torch.tensor(fill, device=device)
         self._slots = None if rectangular else torch.tensor(slots, device=device)
-        self.lengths_R1 = torch.tensor(lengths, device=device).repeat_interleave(torch.tensor(counts, device=device))
-        self.lengths_R1 = self.lengths_R1[:, None]
+        self._rows = self._shape if rectangular else (self.rows,)
+        lengths_G = torch.tensor(lengths, device=device)
+        self.lengths_R1 = lengths_G.repeat_interleave(torch.tensor(counts, device=device))[:, None]
+        self._bias_X1T = self._bias(lengths_G)
 
-    def _end(self, tokens: int) -> int:
-        """One past the last position after so many new tokens."""
-        return self._longest + self._places * tokens
+    def _bias(self, lengths_G: Tensor) -> Tensor | None:
+        """What is added to scores of prompts, `[G·H, 1, T]`: -inf behind a prompt's end; None where all end alike."""
+        longest = max(self._lengths)
+        if min(self._lengths) == longest:
+            return None
+        _, values_GHTE = next(iter(self._caches.values()))
+        behind_GT = torch.arange(longest, device=lengths_G.device) >= lengths_G[:, None]
+        bias_GT = torch.zeros(behind_GT.shape, dtype=values_GHTE.dtype, device=lengths_G.device)
+        return bias_GT.masked_fill_(behind_GT, -torch.inf).repeat_interleave(values_GHTE.shape[1], dim=0)[:, None]
 
-    def make_room(self, index: int, step: int, most: int) -> None:
-        """Let a layer's caches have room for the token of this step."""
-        keys, values = self._caches[index]
-        if self._end(step + 1) > keys.shape[3]:
-            end = self._end(min(most, max(FIRST_TOKENS, 2 * step)))
-            longer_keys = keys.new_empty(*keys.shape[:3], end)
-            longer_values = values.new_empty(*values.shape[:2], end, values.shape[3])
-            longer_keys[..., : keys.shape[3]], longer_values[:, :, : values.shape[2]] = keys, values
-            self._caches[index] = longer_keys, longer_values
-
-    def append(self, index: int, step: int, key: Tensor, value: Tensor) -> None:
-        """Add the keys and values of this step's tokens, `[R, H, 1, E]`, to a layer's caches."""
-        keys_PHEL, values_PHLE = self._caches[index]
-        new = slice(self._end(step), self._end(step + 1))
-        keys_PHEL[..., new] = self._by_party(key)[:, :, :, 0].transpose(2, 3)
-        values_PHLE[:, :, new] = self._by_party(value)[:, :, :, 0]
-
-    def attend(self, index: int, step: int, query: Tensor, scale: float) -> Tensor:
-        """Attend in a layer from queries `[R, H, Q, E]`: the same shape."""
-        (keys_PHEL, values_PHLE), end = self._caches[index], self._end(step + 1)
-        queries_PHSQE = self._by_party(query)
-        bias = self._bias(queries_PHSQE, keys_PHEL.shape[3])[..., :end]
-        keys, values = keys_PHEL[..., :end].flatten(0, 1), values_PHLE[:, :, :end].flatten(0, 1)
-        scores = torch.baddbmm(bias, queries_PHSQE.reshape(len(keys), -1, query.shape[3]), keys, alpha=scale)
-        attended = scores.softmax(-1) @ values
-        slots = attended.view(queries_PHSQE.shape).transpose(1, 2).flatten(0, 1)
-        return slots if self._slots is None else slots.index_select(0, self._slots)
-
-    def _by_party(self, x_RHXE: Tensor) -> Tensor:
-        """What belongs to rows, side by side for each party: `[P, H, S, X, E]`."""
-        if self._fill is not None:
-            x_RHXE = x_RHXE.index_select(0, self._fill)
-        return x_RHXE.unflatten(0, (-1, self._places)).transpose(1, 2)
-
-    def _bias(self, queries_PHSQE: Tensor, end: int) -> Tensor:
-        """What is added to scores up to a position, `[P·H or 1, S·Q, end]`: -inf at other rows and padding."""
-        if self._bias_X_S_L is None or self._bias_X_S_L.shape[2] != end:
-            device, heads, each = queries_PHSQE.device, queries_PHSQE.shape[1], queries_PHSQE.shape[3]
-            place_S1 = torch.arange(self._places, device=device).repeat_interleave(each)[:, None]
-            position_L = torch.arange(end, device=device)
-            seen_PSL = (position_L - self._longest).remainder(self._places) == place_S1
-            padded = min(self._lengths) < self._longest
-            lengths_P11 = torch.tensor(self._lengths if padded else [self._longest], device=device)[:, None, None]
-            seen_PSL = torch.where(position_L < self._longest, position_L < lengths_P11, seen_PSL)
-            bias_PSL = queries_PHSQE.new_zeros(seen_PSL.shape).masked_fill_(~seen_PSL, -torch.inf)
-            self._bias_X_S_L = bias_PSL.repeat_interleave(heads, dim=0) if padded else bias_PSL
-        return self._bias_X_S_L
-
-    def keeping(self, rows: Sequence[int], tokens: int) -> "_Block":
-        """The same with only these rows and the prompts that they stand on, after so many new tokens."""
+    def keeping(self, rows: Sequence[int]) -> "_Block":
+        """The same with only these rows and the prompts that they stand on."""
         if len(rows) == self.rows:
             return self
-        kept: dict[int, list[int]] = {}
-        spots = [(party, place) for party, count in enumerate(self._counts) for place in range(count)]
-        for party, place in (spots[row] for row in rows):
-            kept.setdefault(party, []).append(place)
-        lengths, counts = [self._lengths[party] for party in kept], [len(places) for places in kept.values()]
-        filled = [[*places, *[places[-1]] * (max(counts) - len(places))] for places in kept.values()]
-        for index, (keys, values) in self._caches.items():  # in place, so that no two layers are held twice
-            chosen = values.new_tensor(list(kept), dtype=torch.long), values.new_tensor(filled, dtype=torch.long)
-            keys_PHEL = self._cut(keys.transpose(2, 3), *chosen, max(lengths), tokens).transpose(2, 3)
-            self._caches[index] = keys_PHEL, self._cut(values, *chosen, max(lengths), tokens)
-        return _Block(lengths, counts, self._caches)
+        groups = [group for group, count in enumerate(self._counts) for _ in range(count)]
+        counts = Counter(groups[row] for row in rows)
+        left = sorted(counts)
+        lengths, caches = [self._lengths[group] for group in left], self._caches
+        if len(left) < len(self._lengths):
+            longest, kept = max(lengths), self.lengths_R1.new_tensor(left)
+            for index, (keys, values) in caches.items():  # in place, so that no two layers are held twice
+                caches[index] = (
+                    keys[..., :longest].index_select(0, kept),
+                    values[:, :, :longest].index_select(0, kept),
+                )
+        return _Block(caches, lengths, [counts[group] for group in left])
 
-    def _cut(self, cache_PHLE: Tensor, parties: Tensor, places_PS: Tensor, longest: int, tokens: int) -> Tensor:
-        """Some places of some parties, their prompts no longer than the longest."""
-        cache_PHLE = cache_PHLE.index_select(0, parties)
-        own_PHNSE = cache_PHLE[:, :, self._longest : self._end(tokens)].unflatten(2, (tokens, self._places))
-        own_PHNSE = own_PHNSE.take_along_dim(places_PS[:, None, None, :, None], dim=3)
-        return torch.cat([cache_PHLE[:, :, :longest], own_PHNSE.flatten(2, 3)], dim=2)
+    def attend(self, index: int, queries_RHQE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor) -> Tensor:
+        """Attention of scaled queries to prompts and to the rows' own keys in one layer, `[R, H, Q, E]`.
+
+        Rows stay apart as prompts and places where every prompt has equally many, which saves copies.
+        """
+        prompt_keys, prompt_values = (cache.flatten(0, 1) for cache in self._caches[index])
+        shared = self._by_prompt(queries_RHQE.unflatten(0, self._rows)) @ prompt_keys
+        if self._bias_X1T is not None:
+            shared += self._bias_X1T
+        own = (queries_RHQE @ keys_RHTE.transpose(2, 3)).unflatten(0, self._rows)
+        weights = torch.cat([self._by_row(shared, own), own], dim=-1).softmax(-1)
+        on_prompt, on_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+        from_own = (on_own.flatten(0, -4) @ values_RHTE).unflatten(0, self._rows)
+        return (from_own + self._by_row(self._by_prompt(on_prompt) @ prompt_values, own)).view(queries_RHQE.shape)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """What belongs to rows, side by side for each prompt: `[*rows, H, Q, X]` to `[G·H, S·Q, X]`."""
+        if self._fill is not None:
+            x = x.index_select(0, self._fill).unflatten(0, self._shape)
+        return x.transpose(1, 2).flatten(0, 1).flatten(1, 2)
+
+    def _by_row(self, x: Tensor, like: Tensor) -> Tensor:
+        """The way back from `_by_prompt`."""
+        groups, places = self._shape
+        x_GSHQX = x.view(groups, -1, places, like.shape[-2], x.shape[-1]).transpose(1, 2)
+        return x_GSHQX if self._slots is None else x_GSHQX.flatten(0, 1).index_select(0, self._slots)
+
+
+def _room(new: Tensor, tokens: int) -> Tensor:
+    rows, heads, _, size = new.shape
+    return new.new_empty(rows, heads, tokens, size)
+
+
+def _grown(cache: Tensor, tokens: int) -> Tensor:
+    grown = _room(cache, tokens)
+    grown[:, :, : cache.shape[2]] = cache
+    return grown

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from torch.nn.modules import module as torch_module
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
@@ -42,21 +43,31 @@ def decoding_step(body: nn.Module, joined: Mapping[nn.Module, Forward]) -> Step:
         joined: For the first of several linear layers with one input the product of all, as of
             `helpsteer_rloo.model.light_linears`; what is missing is computed layer by layer.
     """
-    if type(body) not in _BODIES or not all(_is_stock(layer) for layer in cast(Any, body).layers):
+    if not _is_stock(body):
         return lambda ids_R1, positions_R1, cascade: _as_it_is(body, ids_R1, positions_R1, cascade)
-    layers = [_Layer(layer, joined) for layer in cast(Any, body).layers]
+    layers = [_Layer(layer, joined) for layer in _layers(body)]
     return lambda ids_R1, positions_R1, cascade: _through(cast(Any, body), layers, ids_R1, positions_R1, cascade)
 
 
-def _is_stock(layer: Any) -> bool:
+def _layers(body: Any) -> list[Any]:
+    """The layers that the body's own forward goes through."""
+    return list(body.layers[: body.config.num_hidden_layers])
+
+
+def _is_stock(body: Any) -> bool:
     """Whether the modules that a step passes by are transformers' own, with nothing attached to them."""
-    inner = [layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
-    norms = [norm for name in ("q_norm", "k_norm") if (norm := getattr(layer.self_attn, name, None)) is not None]
+    everywhere: Any = torch_module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or type(body) not in _BODIES:
+        return False
+    passed: list[Any] = [body]
+    for layer in _layers(body):
+        passed += [layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]
+        passed += [norm for name in ("q_norm", "k_norm") if (norm := getattr(layer.self_attn, name, None)) is not None]
     return all(
-        type(module) in _KNOWN
+        type(module) in (*_BODIES, *_KNOWN)
         and isinstance(module.__dict__.get("forward"), (*_SHADOWS, type(None)))
         and not any((module._forward_hooks, module._forward_pre_hooks))
-        for module in (layer, *inner, *norms)
+        for module in passed
     )
 
 

@@ -7,6 +7,7 @@ The sampler computes a prompt once for all of its samples, and drops rows that h
 
 import hashlib
 import math
+import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from helpsteer_rloo.model.drawing import draw, widest_float
 from helpsteer_rloo.model.light_linears import light_linears
 from helpsteer_rloo.model.loading import Model
 
+_one_at_a_time = threading.RLock()
+"""Held while layers are shadowed: two threads would take each other's for the model's own."""
 LIVE_SHARE = 0.75
 """Ended rows leave once the rest are no more than this share: dropping them copies the caches of those that stay."""
 
@@ -59,6 +62,15 @@ class Sampling:
     top_p: float
     top_k: int
     end_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what is no distribution.
+
+        Raises:
+            ValueError: the temperature is not positive, `top_p` not in (0, 1], or `top_k` negative.
+        """
+        if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise ValueError(f"Sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0; this is {self}.")
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,7 @@ def sample_groups(
         raise ValueError("Sampling needs at least one row, one new token, and one token in every prompt.")
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     results: dict[tuple[int, int], Completion] = {}
-    with torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))) as step:
+    with _one_at_a_time, torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))) as step:
         for chunk in tqdm(_chunks(prompts, seeds, rows), desc="Sampling", leave=False, disable=not progress):
             places = [place for piece in chunk for place in piece.places]
             results |= zip(places, _complete(inner, step, chunk, sampling), strict=True)
@@ -193,7 +205,8 @@ def _complete(inner: Any, step: Step, chunk: list[_Piece], sampling: Sampling) -
     groups = [group for group, piece in enumerate(chunk) for _ in piece.seeds]
     cascade = Decode(prefill, groups, most=sampling.max_new_tokens)
     del prefill  # whose caches shrink as rows leave
-    record = _Record([seed for piece in chunk for seed in piece.seeds], sampling, inner.device)
+    rows = [(piece.prompt[-1], seed) for piece in chunk for seed in piece.seeds]
+    record = _Record(rows, sampling, inner.device)
     logits_RV = head(hidden_GD)[groups]
     while left := record.add(logits_RV):
         if len(left) <= LIVE_SHARE * len(logits_RV):
@@ -206,27 +219,31 @@ def _complete(inner: Any, step: Step, chunk: list[_Piece], sampling: Sampling) -
 class _Record:
     """What has been drawn for the rows of a chunk; R are the rows that are still decoded."""
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[tuple[int, int]], sampling: Sampling, device: torch.device) -> None:
+        """`rows` have the last token of the prompt and the seed."""
         self._sampling = sampling
         self._ends = torch.tensor(sampling.end_ids, dtype=torch.long, device=device)
         # Not torch's generator, which looks at the lower 32 bits of its seed only.
-        uniforms = [np.random.Generator(np.random.PCG64(seed)).random(sampling.max_new_tokens) for seed in seeds]
+        uniforms = [np.random.Generator(np.random.PCG64(seed)).random(sampling.max_new_tokens) for _, seed in rows]
         self._uniforms_RN = torch.from_numpy(np.stack(uniforms)).to(device, widest_float(device))
-        self._rows_R = torch.arange(len(seeds), device=device)
-        self._ended_R = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        self._last_R = torch.tensor([last for last, _ in rows], device=device)
+        self._rows_R = torch.arange(len(rows), device=device)
+        self._ended_R = torch.zeros(len(rows), dtype=torch.bool, device=device)
         self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def last(self) -> Tensor:
-        """The tokens drawn last, `[R, 1]`."""
+        """The tokens to read next, `[R, 1]`: those drawn last."""
         return self._last_R[:, None]
 
     def add(self, logits_RV: Tensor) -> list[int]:
         """Draw the next token of every row; returns the rows that go on."""
         uniform_R = self._uniforms_RN[:, len(self._steps)]
         temperature, top_k, top_p = self._sampling.temperature, self._sampling.top_k, self._sampling.top_p
-        self._last_R, log_probs_R = draw(logits_RV, uniform_R, temperature=temperature, top_k=top_k, top_p=top_p)
-        self._steps.append((self._rows_R, self._last_R, log_probs_R))
-        self._ended_R = self._ended_R | torch.isin(self._last_R, self._ends)
+        drawn_R, log_probs_R = draw(logits_RV, uniform_R, temperature=temperature, top_k=top_k, top_p=top_p)
+        self._steps.append((self._rows_R, drawn_R, log_probs_R))
+        self._ended_R = self._ended_R | torch.isin(drawn_R, self._ends)
+        # What has ended is still read until it leaves: never the end itself, whose embedding may be anything.
+        self._last_R = torch.where(self._ended_R, self._last_R, drawn_R)
         if len(self._steps) == self._sampling.max_new_tokens:
             return []
         return [row for row, ended in enumerate(self._ended_R.tolist()) if not ended]
@@ -245,7 +262,9 @@ class _Record:
                 if not drawn[row] or drawn[row][-1][0] not in self._sampling.end_ids:
                     drawn[row].append((token, log_prob))
         if any(math.isnan(log_prob) for row in drawn.values() for _, log_prob in row):
-            raise ValueError("The model's logits are not numbers (NaN); it cannot be sampled from.")
+            raise ValueError(
+                "The model's logits, divided by the temperature, are not numbers (NaN); it cannot be sampled from."
+            )
         return [
             Completion(tuple(ids), ids[-1] in self._sampling.end_ids, tuple(log_probs))
             for ids, log_probs in (zip(*row, strict=True) for row in drawn.values())

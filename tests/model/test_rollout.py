@@ -1,10 +1,13 @@
 import itertools
+import threading
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -131,31 +134,24 @@ def test_caches_that_grow_and_are_cut_by_length_stay_right(exact_model, block_co
     assert furthest(exact_model, PROMPTS, groups) < 1e-9
 
 
-def test_caches_shrink_as_rows_leave(model, monkeypatch):
-    monkeypatch.setattr("helpsteer_rloo.model.cascade.FIRST_TOKENS", 40)
-    held, decoders, draw = [], [], rollout.draw
+def test_caches_of_prompts_without_rows_are_let_go(model, monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.model.cascade.BLOCK_COST", 0)
+    alive, read = [], cascade.read_prompts
 
-    def watched(*args, **kwargs):
-        decoders.append(cascade.Decode(*args, **kwargs))
-        return decoders[0]
+    def watched(*args):
+        prefill, hidden = read(*args)
+        alive.extend(weakref.ref(cache) for caches in prefill.caches for pair in caches.values() for cache in pair)
+        return prefill, hidden
 
-    def drawn(*args, **kwargs):
-        caches = [cache for block in decoders[0]._blocks for pair in block._caches.values() for cache in pair]
-        held.append(sum(cache.untyped_storage().nbytes() for cache in caches))
-        return draw(*args, **kwargs)
-
-    monkeypatch.setattr(rollout, "Decode", watched)
+    at_the_end = []
+    draw = rollout.draw
+    monkeypatch.setattr(rollout, "read_prompts", watched)
+    monkeypatch.setattr(
+        rollout, "draw", lambda *a, **k: at_the_end.append(sum(r() is not None for r in alive)) or draw(*a, **k)
+    )
     sampling = Sampling(40, 1.0, 1.0, 0, tuple(range(12)))
-    monkeypatch.setattr(rollout, "draw", lambda *args, **kwargs: (drawn if decoders else draw)(*args, **kwargs))
     sample_groups(model, PROMPTS, SEEDS, sampling, rows=64)
-    assert held[-1] < 0.3 * held[0]
-
-
-@pytest.mark.parametrize("places", [1, 2, 8])
-def test_rows_of_a_prompt_in_several_parties(exact_model, places, monkeypatch):
-    monkeypatch.setattr("helpsteer_rloo.model.cascade.PLACES", places)
-    groups = sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)
-    assert furthest(exact_model, PROMPTS, groups) < 1e-9
+    assert at_the_end[0] == len(alive) > at_the_end[-1]
 
 
 @pytest.mark.parametrize("truncation", [{"temperature": 1e-4}, {"top_k": 1}])
@@ -202,12 +198,66 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(model, tokens_read):
     assert tokens_read == [(1, 41 + 5 + 3 + 1), (19, 1), (19, 1)]  # the prompt without seeds is not read at all
 
 
-def test_a_model_with_hooks_runs_its_own_forward(exact_model):
-    seen = []
-    exact_model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
-    groups = sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)
-    assert len(seen) > 10
-    assert furthest(exact_model, PROMPTS, groups) < 1e-9
+def halved(module, args, output):
+    output.last_hidden_state = output.last_hidden_state * 0.5
+    return output
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda model: model.model.layers[1].mlp.register_forward_hook(lambda _, args, output: output * 0.5),
+        lambda model: model.model.register_forward_hook(halved),
+        lambda model: register_module_forward_hook(
+            lambda module, _, output: output * 1.1 if type(module).__name__.endswith("MLP") else None
+        ),
+    ],
+    ids=["layer", "body", "everywhere"],
+)
+def test_a_model_with_hooks_runs_its_own_forward(exact_model, attach):
+    handle = attach(exact_model)
+    try:
+        assert furthest(exact_model, PROMPTS, sample_groups(exact_model, PROMPTS, SEEDS, FREE, rows=64)) < 1e-9
+    finally:
+        handle.remove()
+
+
+def test_only_the_layers_that_the_configuration_counts_are_run(model):
+    model.config.num_hidden_layers = 1
+    assert furthest(model, PROMPTS, sample_groups(model, PROMPTS, SEEDS, FREE, rows=64)) < 2e-5
+
+
+def test_an_end_without_a_usable_embedding_spoils_nothing(model):
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # untied
+        model.model.embed_tokens.weight[list(FREE.end_ids)] = torch.nan
+    groups = sample_groups(model, [[15, 3, 4]], [list(range(16))], FREE, rows=64)
+    assert any(completion.ended and len(completion.ids) < 8 for completion in groups[0])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_longest_sequence_are_left_to_generate(kind):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 32}
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4} | (factors if kind == "longrope" else {})
+    assert not supports_sampler(build("qwen3", rope_parameters=rope, max_position_embeddings=32))
+
+
+def test_threads_take_turns(model):
+    threads = [
+        threading.Thread(target=sample_groups, args=(model, PROMPTS, SEEDS, FREE), kwargs={"rows": 64})
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_p": float("nan")}, {"top_k": -1}])
+def test_what_is_no_distribution_is_refused(wrong):
+    with pytest.raises(ValueError, match="temperature > 0, 0 < top_p <= 1 and top_k >= 0"):
+        replace(FREE, **wrong)
 
 
 def test_another_norm_is_not_taken_for_a_root_mean_square(model):
