@@ -198,6 +198,15 @@ def test_a_prompt_is_read_once_for_all_of_its_completions(model, tokens_read):
     assert tokens_read == [(1, 41 + 5 + 3 + 1), (19, 1), (19, 1)]  # the prompt without seeds is not read at all
 
 
+def test_a_stock_model_decodes_without_its_own_forward(model, monkeypatch):
+    calls, forward = [], type(model.model).forward
+    monkeypatch.setattr(
+        type(model.model), "forward", lambda self, *args, **kwargs: calls.append(1) or forward(self, *args, **kwargs)
+    )
+    sample_groups(model, PROMPTS, SEEDS, Sampling(3, 1.0, 1.0, 0, ()), rows=64)
+    assert len(calls) == 1  # the prompts
+
+
 def halved(module, args, output):
     output.last_hidden_state = output.last_hidden_state * 0.5
     return output
