@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from helpsteer_rloo.model.attention import Cascade
+from helpsteer_rloo.model.fused_gates import FusedNetwork
 from helpsteer_rloo.model.fused_norms import FusedNorm
 from helpsteer_rloo.model.last_layer import NarrowLayer, NarrowNetwork
 from helpsteer_rloo.model.light_linears import Forward
@@ -31,7 +32,7 @@ _KNOWN = (
     *(qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
     *(llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
 )
-_SHADOWS = (FusedNorm, NarrowLayer, NarrowNetwork)
+_SHADOWS = (FusedNetwork, FusedNorm, NarrowLayer, NarrowNetwork)
 """Forwards of ours that compute what the module would."""
 
 
@@ -126,7 +127,7 @@ class _Layer:
     def _network(self, x_RD: Tensor) -> Tensor:
         network = self._module.mlp
         gate, up = self._together((network.gate_proj, network.up_proj), x_RD).chunk(2, dim=-1)
-        return network.down_proj(network.act_fn(gate) * up)
+        return network.down_proj(network.act_fn(gate).mul_(up))
 
     def _together(self, linears: Sequence[nn.Module], x_RD: Tensor) -> Tensor:
         """What several linear layers make of one input, side by side."""

@@ -43,9 +43,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Any:
         wide = at_least_float32(hidden)
-        inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide)[..., None] / hidden.shape[-1] + epsilon)
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        inverse = torch.rsqrt(square / hidden.shape[-1] + epsilon)
         ctx.save_for_backward(hidden, weight, inverse)
-        return weight * (wide * inverse).to(hidden.dtype)
+        normed = (wide * inverse).to(hidden.dtype)
+        return normed.mul_(weight) if weight.dtype == hidden.dtype else normed * weight
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -99,7 +99,7 @@ class _FrozenHead(torch.autograd.Function):
             total_C1 = p_CV.sum(-1, keepdim=True)
             log_total_C1 = total_C1.log()
             values_C[part] = (z_CV.gather(-1, targets_C1) - log_total_C1)[:, 0]
-            entropies_C[part] = log_total_C1[:, 0] - torch.linalg.vecdot(p_CV, z_CV) / total_C1[:, 0]
+            entropies_C[part] = log_total_C1[:, 0] - z_CV.mul_(p_CV).sum(-1) / total_C1[:, 0]
             if gradient_CD is not None:
                 # (W_y - p W / total) / t, with the row of W that is meant taken out of the product: p_y - total.
                 p_CV.scatter_add_(-1, targets_C1, -total_C1)

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from helpsteer_rloo.model.fused_gates import FusedNetwork
+
 
 def narrow_last_layer(body: nn.Module) -> None:
     """Let a decoder take the keyword `read`, `[C]` different positions in a row; final states elsewhere are of no use.
@@ -31,10 +33,10 @@ class NarrowNetwork:
 
     def __call__(self, hidden_1TD: Tensor) -> Tensor:
         """As transformers', `[1, T, D]` to `[1, T, D]`."""
-        module = cast(Any, self.module)
+        network = FusedNetwork(self.module)
         if self.read is None:
-            return type(module).forward(module, hidden_1TD)
-        result_1CD = type(module).forward(module, hidden_1TD.index_select(1, self.read))
+            return network(hidden_1TD)
+        result_1CD = network(hidden_1TD.index_select(1, self.read))
         return torch.zeros_like(hidden_1TD, dtype=result_1CD.dtype).index_copy(1, self.read, result_1CD)
 
 
