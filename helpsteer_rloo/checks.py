@@ -2,10 +2,11 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from helpsteer_rloo.config import PipelineSettings, RLOOKnobs, Settings
 from helpsteer_rloo.processes import process_count
+from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
 
 MINIMUM_ROOM = 8
 """A prompt must leave at least 1 / MINIMUM_ROOM of the length limit for the response."""
@@ -35,7 +36,7 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
     """Check that batches of rollouts hold whole groups, besides `check_training`.
 
     Raises:
-        ValueError: they do not, or a flag is out of range.
+        ValueError: they do not, a flag is out of range, or a reward function cannot be found.
     """
     check_training(settings)
     top_p = settings.trl.get("top_p")
@@ -44,6 +45,8 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
     if settings.trl.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise ValueError("--use_vllm needs the package vllm, which is not installed here: pip install vllm.")
     own, trl, processes = settings.own, settings.trl, process_count()
+    load_reward_functions(own.reward_functions)
+    check_reward_weights(own.reward_functions, cast(Any, trl.get("reward_weights")))
     per_device, accumulation = int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"])
     completions = per_device * accumulation * own.num_mini_batches * processes
     if completions % own.rloo_k:

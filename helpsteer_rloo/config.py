@@ -100,6 +100,11 @@ class RLOOKnobs(EngineKnobs):
 
     output_dir: str = _knob(DEFAULT_POLICY_DIR, "Directory of the trained policy.")
     reward_model_path: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
+    reward_functions: str | None = _knob(
+        None,
+        "Functions that give rewards besides the reward model: package.module:function, separated by commas; "
+        "--reward_weights has the model's weight first.",
+    )
     total_episodes: int = _knob(50_000, "Completions to sample in all.")
     rloo_k: int = _knob(4, "Completions sampled for each prompt.")
     num_ppo_epochs: int = _knob(1, "Passes over each batch of rollouts.")
@@ -108,7 +113,20 @@ class RLOOKnobs(EngineKnobs):
         8, "Completions sampled or scored at once; with the packed engine at least those of one prompt."
     )
     missing_eos_penalty: float = _knob(1.0, "Subtracted from the score of a completion that did not end by itself.")
-    kl_coef: float = _knob(0.05, "Weight of the KL divergence from the starting policy in the reward.")
+    kl_coef: float = _knob(0.05, "Weight of the KL divergence from the starting policy.")
+    kl_estimator: str = _knob(
+        "k1", "Estimate of KL at every token: 'k1' (unbiased), 'k2' or 'k3' (never negative), Schulman 2020."
+    )
+    kl_in: str = _knob("reward", "Where KL stands: subtracted from the 'reward', or added to the 'loss' (k2, k3).")
+    target_kl: float | None = _knob(
+        None, "KL of a completion, in nats, that the weight is adapted to after every batch, from kl_coef on."
+    )
+    importance_correction: str = _knob(
+        "none",
+        "Weights that correct for the sampler, whose probabilities are not quite the trainer's (and with top-p or "
+        "top-k not at all): 'token', 'sequence' or 'none'. The gap is logged in any case.",
+    )
+    importance_cap: float = _knob(2.0, "Largest importance weight.")
     cliprange: float = _knob(0.2, "Clip range of the sequence-level probability ratio.")
     response_length: int = _knob(512, "Longest completion, in tokens.")
     rollouts_dir: str | None = _knob(None, "Where the rollouts are recorded (default: OUTPUT_DIR/rollouts).")
@@ -124,6 +142,7 @@ class RLOOKnobs(EngineKnobs):
         for name in ("missing_eos_penalty", "kl_coef"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.cliprange > 0, "cliprange", self.cliprange, "more than 0")
+        check_estimators(self, self.kl_coef)
         _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
 
     def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:
@@ -163,6 +182,28 @@ class PipelineKnobs(EngineKnobs):
         if self.reward_model_only and self.rloo_only:
             raise ValueError("--reward_model_only and --rloo_only exclude each other; give one of them or neither.")
         _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
+
+
+def check_estimators(given: Any, kl_coef: float) -> None:
+    """Check the settings of RLOO's estimators, by their names in `RLOOKnobs`, whoever has them.
+
+    Raises:
+        ValueError: one is out of range, or two do not go together.
+    """
+    named, place, correction = given.kl_estimator, given.kl_in, given.importance_correction
+    _require(named in ("k1", "k2", "k3"), "kl_estimator", named, "k1, k2 or k3")
+    _require(place in ("reward", "loss"), "kl_in", place, "reward or loss")
+    alone = place == "loss" and named == "k1"
+    _require(not alone, "kl_in", place, "reward with k1, whose mean gradient in the loss is zero; or k2 or k3")
+    if given.target_kl is not None:
+        _require(given.target_kl > 0, "target_kl", given.target_kl, "more than 0 nats")
+        _require(kl_coef > 0, "target_kl", given.target_kl, "--kl_coef above 0, which it is adapted from")
+    kinds = ("none", "token", "sequence")
+    _require(correction in kinds, "importance_correction", correction, "none, token or sequence")
+    _require(given.importance_cap > 0, "importance_cap", given.importance_cap, "more than 0")
+    if given.engine == "trl":
+        _require(place == "reward", "kl_in", place, "reward with --engine trl")
+        _require(correction == "none", "importance_correction", correction, "none with --engine trl")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -324,6 +365,7 @@ RLOO = CommandSpec(
         "do_eval": "the pipeline judges the policy after training, on held-out prompts.",
         "chat_template_kwargs": "the rendering is the reward model's; --thinking of reward training decides.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+        "restore_callback_states_from_checkpoint": "what a run goes on with is restored in any case.",
     },
 )
 

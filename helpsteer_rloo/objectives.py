@@ -71,18 +71,80 @@ def bradley_terry_loss(margins_P: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(margins_P).mean()
 
 
-def kl_k1(log_probs_BC: Tensor, reference_BC: Tensor, mask_BC: Tensor) -> Tensor:
-    """Single-sample estimate of KL(policy | reference) of whole completions, in nats, `[B]`.
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LARGEST_GAP = 0.1
+"""Nats by which sampler and trainer may differ on a token before it is counted as one that differs."""
 
-    k1 = sum_t log pi(y_t) - log pi_ref(y_t), unbiased for samples of pi; it may be negative for one sample
-    (Schulman 2020, "Approximating KL divergence", estimator k1; summed over tokens as in Ahmadian et al. 2024).
+
+def kl_terms(log_probs: Tensor, reference: Tensor, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(policy | reference) at every sampled token, in nats; any shape.
+
+    With d = log pi(y_t) - log pi_ref(y_t) (Schulman 2020, "Approximating KL divergence"):
+
+    - k1 = d: unbiased for samples of pi, negative for some of them.
+    - k2 = d² / 2: biased by the third order of d, never negative. As a loss its gradient is that of k1 in the reward.
+    - k3 = exp(-d) - 1 + d: unbiased, never negative, of less variance while d is small.
+
+    A term is that of one token given what stands before it; their sum over a completion is the estimate for the
+    whole, as in Ahmadian et al. 2024 (arXiv 2402.14740).
 
     Args:
-        log_probs_BC: Log-probabilities of the sampled tokens under the policy, `[B, C]`.
-        reference_BC: The same under the reference, `[B, C]`.
-        mask_BC: 1 at tokens of the completion, 0 at padding, `[B, C]`.
+        log_probs: Log-probabilities of the sampled tokens under the policy.
+        reference: The same under the reference.
+        estimator: One of `KL_ESTIMATORS`.
+
+    Raises:
+        ValueError: there is no such estimator.
+
+    >>> d = torch.tensor([0.5, -0.5])
+    >>> kl_terms(d, torch.zeros(2), "k2")
+    tensor([0.1250, 0.1250])
+    >>> kl_terms(d, torch.zeros(2), "k3")
+    tensor([0.1065, 0.1487])
     """
-    return (log_probs_BC - reference_BC).where(mask_BC.bool(), 0.0).sum(-1)
+    difference = log_probs - reference
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"{estimator!r} is no estimator of KL; there are {', '.join(KL_ESTIMATORS)}.")
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float) -> float:
+    """The weight of KL for the next batch, raised where the last one was over its target, lowered where it was under.
+
+    beta' = beta (1 + 0.1 clip(kl / target - 1, -0.2, 0.2))   (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)
+
+    Args:
+        kl_coef: beta, above 0.
+        kl: Mean KL of a completion in the last batch, in nats.
+        target: What it should be, in nats, above 0.
+
+    >>> round(adapted_kl_coef(0.05, kl=20.0, target=10.0), 6), round(adapted_kl_coef(0.05, kl=9.0, target=10.0), 6)
+    (0.051, 0.0495)
+    """
+    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
+def truncated_weights(log_weights: Tensor, cap: float) -> Tensor:
+    """Importance weights exp(log weight), at most `cap`; any shape, no gradient.
+
+    With log weight = log pi(y) - log q(y), of a policy pi and the distribution q that was sampled from, they turn an
+    expectation under q into one under pi; the cap bounds their variance at the price of a bias (Ionides 2008,
+    "Truncated importance sampling"). In training against another engine's samples: Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training".
+
+    >>> truncated_weights(torch.tensor([0.0, 1.0, -1.0]), cap=2.0)
+    tensor([1.0000, 2.0000, 0.3679])
+    """
+    return log_weights.detach().exp().clamp(max=cap)
+
+
+def with_weighted_gradient(values: Tensor, weights: Tensor) -> Tensor:
+    """`values` as they are, whose gradient is multiplied by `weights`, element by element."""
+    return values.detach() + weights * (values - values.detach())
 
 
 def penalized_rewards(scores_B: Tensor, penalties_B: Tensor, kl_B: Tensor | None, kl_coef: float) -> Tensor:

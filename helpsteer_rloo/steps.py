@@ -16,6 +16,7 @@ from helpsteer_rloo.console import data_table, predictions_table, say, show
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
+from helpsteer_rloo.reward_functions import reward_functions_digest
 from helpsteer_rloo.run_dir import (
     HELDOUT_PROMPTS,
     POLICY_RECORD,
@@ -231,7 +232,11 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         write_json(directory / POLICY_RECORD, record)
         return {"directory": str(directory), **training}
 
-    inputs = {**_effective(settings), "reward_model": _digest(Path(settings.own.reward_model_path))}
+    inputs = {
+        **_effective(settings),
+        "reward_functions": reward_functions_digest(settings.own.reward_functions),
+        "reward_model": _digest(Path(settings.own.reward_model_path)),
+    }
     return Stage(
         "rloo",
         inputs,

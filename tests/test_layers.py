@@ -28,6 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "run_dir",
             "processes",
             "provenance",
+            "reward_functions",
             "objectives",
             "statistics",
         }
@@ -45,7 +46,19 @@ TRL_IMPORTERS = frozenset({"training"})
 STDLIB_ONLY = frozenset({"groups"})
 # Importing one of these loads nothing heavy, not even by way of another module, so that `--help` answers at once.
 LIGHT = frozenset(
-    {"config", "checks", "flags", "parsing", "run_dir", "pipeline", "data.demo", "cli", "demo", "data_command"}
+    {
+        "config",
+        "checks",
+        "reward_functions",
+        "flags",
+        "parsing",
+        "run_dir",
+        "pipeline",
+        "data.demo",
+        "cli",
+        "demo",
+        "data_command",
+    }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})
 

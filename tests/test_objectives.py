@@ -8,12 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpsteer_rloo.objectives import (
+    KL_ESTIMATORS,
+    adapted_kl_coef,
     bradley_terry_loss,
     has_baseline,
-    kl_k1,
+    kl_terms,
     leave_one_out,
     penalized_rewards,
     preference_margins,
+    truncated_weights,
+    with_weighted_gradient,
 )
 
 NAN = math.nan
@@ -143,22 +147,107 @@ def test_swapping_chosen_and_rejected_turns_the_loss_around():
 # ---- KL and rewards --------------------------------------------------------------------------------------------------
 
 
-def test_k1_sums_the_log_ratios_of_the_completions_tokens():
-    policy, ref = tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -9.0]]), tensor([[-1.5, -1.0, -0.25], [-0.4, -1.0, 7.0]])
-    mask = tensor([[1, 1, 1], [1, 1, 0]])
-    assert kl_k1(policy, ref, mask).tolist() == pytest.approx([0.5 - 1.0 - 0.25, 0.3 - 2.0], rel=1e-12)
+def test_k1_is_the_log_ratio_and_zero_for_equal_models():
+    policy, ref = tensor([[-1.0, -2.0, -0.5]]), tensor([[-1.5, -1.0, -0.25]])
+    assert kl_terms(policy, ref, "k1").tolist() == [pytest.approx([0.5, -1.0, -0.25], rel=1e-12)]
+    for estimator in KL_ESTIMATORS:
+        assert kl_terms(policy, policy, estimator).tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_k1_is_zero_for_equal_models_and_for_no_tokens():
-    logps = tensor([[-1.0, -2.0], [-3.0, -4.0]])
-    assert kl_k1(logps, logps, torch.ones(2, 2)).tolist() == [0.0, 0.0]
-    assert kl_k1(logps, logps * 2, torch.zeros(2, 2)).tolist() == [0.0, 0.0]
-
-
-def test_k1_averages_to_the_kl_divergence_over_all_outcomes():
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_unbiased_estimators_average_to_the_kl_divergence_over_all_outcomes(estimator):
     policy, ref = tensor([0.5, 0.25, 0.25]), tensor([0.25, 0.5, 0.25])
-    k1 = kl_k1(policy.log()[:, None], ref.log()[:, None], torch.ones(3, 1))
-    assert (policy * k1).sum().item() == pytest.approx(0.25 * math.log(2), rel=1e-12)
+    terms = kl_terms(policy.log(), ref.log(), estimator)
+    assert (policy * terms).sum().item() == pytest.approx(0.25 * math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_k2_and_k3_are_never_negative(estimator):
+    torch.manual_seed(0)
+    policy, ref = torch.randn(2, 1000, dtype=torch.float64)
+    assert (kl_terms(policy, ref, estimator) >= 0).all()
+
+
+def expected_gradient(logits, weigh):
+    """Gradient of the policy's expectation of a loss a token, samples held fixed, over all outcomes."""
+    logits = logits.clone().requires_grad_()
+    log_probs = logits.log_softmax(-1)
+    (log_probs.detach().exp() * weigh(log_probs)).sum().backward()
+    return logits.grad
+
+
+def test_the_gradient_of_k2_as_a_loss_is_that_of_the_divergence_and_of_k1_there_is_none():
+    torch.manual_seed(0)
+    logits, ref = torch.randn(2, 5, dtype=torch.float64)
+    ref = ref.log_softmax(-1)
+    exact = logits.clone().requires_grad_()
+    log_probs = exact.log_softmax(-1)
+    (log_probs.exp() * (log_probs - ref)).sum().backward()
+    torch.testing.assert_close(expected_gradient(logits, lambda x: kl_terms(x, ref, "k2")), exact.grad)
+    torch.testing.assert_close(expected_gradient(logits, lambda x: kl_terms(x, ref, "k1")), torch.zeros_like(logits))
+    k3 = expected_gradient(logits, lambda x: kl_terms(x, ref, "k3"))
+    assert (k3 - exact.grad).abs().max() > 0.01  # it is the gradient of the reverse divergence, near it only
+    reverse = logits.clone().requires_grad_()
+    (ref.exp() * (ref - reverse.log_softmax(-1))).sum().backward()
+    torch.testing.assert_close(k3, reverse.grad)
+
+
+def test_another_estimator_is_refused():
+    with pytest.raises(ValueError, match="'k4' is no estimator of KL; there are k1, k2, k3"):
+        kl_terms(torch.zeros(1), torch.zeros(1), "k4")
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(10.0, 1.0), (11.0, 1.01), (9.0, 0.99), (1000.0, 1.02), (0.0, 0.98), (-5.0, 0.98)]
+)
+def test_the_weight_of_kl_follows_its_target_by_two_percent_at_most(kl, factor):
+    assert adapted_kl_coef(0.5, kl, 10.0) == pytest.approx(0.5 * factor, rel=1e-12)
+
+
+# ---- samples of another distribution ---------------------------------------------------------------------------------
+
+
+def gradient_under(sampler, logits, rewards, cap, kind):
+    """Expected policy gradient over all completions of two tokens that a sampler draws, by its importance weights."""
+    logits = logits.clone().requires_grad_()
+    first, second = logits[0].log_softmax(-1), logits[1:].log_softmax(-1)
+    sampler_first, sampler_second = sampler[0].log_softmax(-1), sampler[1:].log_softmax(-1)
+    loss = tensor(0.0)
+    for i in range(3):
+        for j in range(3):
+            log_probs = torch.stack([first[i], second[i, j]])
+            drawn = torch.stack([sampler_first[i], sampler_second[i, j]])
+            gaps = log_probs.detach() - drawn
+            values = log_probs
+            if kind == "token":
+                values = with_weighted_gradient(log_probs, truncated_weights(gaps, cap))
+            weight = truncated_weights(gaps.sum(), cap) if kind == "sequence" else 1.0
+            loss = loss - drawn.sum().exp() * weight * rewards[i, j] * values.sum()
+    loss.backward()
+    return logits.grad
+
+
+def test_importance_weights_remove_the_bias_of_a_mismatched_sampler():
+    torch.manual_seed(0)
+    logits, noise = torch.randn(2, 4, 3, dtype=torch.float64)
+    rewards = torch.randn(3, 3, dtype=torch.float64)
+    exact = gradient_under(logits, logits, rewards, 1.0, "none")
+
+    def bias(kind, cap=1e9):
+        return (gradient_under(logits + noise / 2, logits, rewards, cap, kind) - exact).norm().item()
+
+    assert bias("sequence") < 1e-12  # unbiased without a cap
+    assert bias("none") > 0.1
+    assert bias("token") < 0.6 * bias("none")  # each token's own mismatch only, not that of the others
+    assert bias("sequence") < bias("sequence", cap=2.0) < bias("none")
+
+
+def test_weighting_the_gradient_leaves_the_value():
+    values = tensor([1.0, -2.0]).requires_grad_()
+    weighted = with_weighted_gradient(values, tensor([3.0, 0.5]))
+    weighted.sum().backward()
+    assert weighted.tolist() == [1.0, -2.0]
+    assert values.grad.tolist() == [3.0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,15 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8", "--response_length=90"])
     assert "--response_length 90 leaves 6 tokens for the prompt" in capsys.readouterr().err
+    estimators = ["--kl_estimator=k3", "--kl_in=loss", "--target_kl=2", "--importance_correction=token", "--top_k=20"]
+    own = ["--reward_functions=tests.training.test_rloo:length_reward", "--reward_weights", "0.5", "2"]
+    other = ["--per_device_train_batch_size=8", f"--output_dir={tmp_path / 'other'}", *estimators, *own]
+    cli.train_policy([*data, *common, *rloo, *other])
+    for entry in read_rollouts(tmp_path / "other" / "rollouts"):
+        assert entry.scores["length_reward"] == pytest.approx(sum(entry.completion_ids) / 1000, rel=1e-5)
+        weighted = 0.5 * entry.scores["reward_model"] + 2 * entry.scores["length_reward"]
+        assert entry.score == pytest.approx(weighted, abs=1e-5)
+        assert entry.kl_coef == 0  # it stands in the loss
 
 
 def test_without_a_hub_the_default_run_says_what_is_missing_and_how_to_go_on(tmp_path):

@@ -71,6 +71,13 @@ def _row(part: Mapping[str, Any]) -> str:
     return f"{part['value']:.3f} [{low:.3f}, {high:.3f}], n = {part['count']}"
 
 
+def _other_rewards(settings: Mapping[str, Any]) -> str:
+    names = settings["reward_functions"]
+    if not names:
+        return ""
+    return f"Rewards besides the reward model: {names}; weights {settings.get('reward_weights') or 'of 1'}.\n"
+
+
 def policy_card(record: Mapping[str, Any]) -> str:
     """The README.md of a policy's directory."""
     training, settings = record["training"], record["settings"]
@@ -84,9 +91,10 @@ tags: [rloo, rlhf, helpsteer-rloo]
 
 `{record["base_model"]}` trained by helpsteer-rloo with RLOO (Ahmadian et al. 2024, arXiv 2402.14740) against the
 reward model `{record["reward_model"]}`: {training["episodes"]:.0f} completions, {training["steps"]} optimizer steps,
-K = {settings["rloo_k"]}, KL coefficient {settings["kl_coef"]}, learning rate {settings["learning_rate"]},
-missing-EOS penalty {settings["missing_eos_penalty"]}.
-
+K = {settings["rloo_k"]}, KL coefficient {settings["kl_coef"]} ({settings["kl_estimator"]} in the {settings["kl_in"]}),
+learning rate {settings["learning_rate"]}, missing-EOS penalty {settings["missing_eos_penalty"]},
+importance correction: {settings["importance_correction"]}.
+{_other_rewards(settings)}
 The pipeline's `summary.json` says how much better it became on held-out prompts; the script alone does not judge it.
 {LICENCE_NOTE}
 """

@@ -3,6 +3,8 @@
 Tensor axes as in `helpsteer_rloo.groups`; R stands for the rows that are decoded together.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,19 @@ NUCLEUS = 1024
 """Candidates that top-p sorts at first; a row that needs more of them makes it sort more."""
 
 
-def draw(
-    logits_RV: Tensor, uniform_R: Tensor, *, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
+class Drawn(NamedTuple):
+    """One token a row.
+
+    `log_probs_R` are under the distribution that the tokens were drawn from, `untruncated_R` under the one before top-k
+    and top-p; in nats, both after temperature.
+    """
+
+    ids_R: Tensor
+    log_probs_R: Tensor
+    untruncated_R: Tensor
+
+
+def draw(logits_RV: Tensor, uniform_R: Tensor, *, temperature: float, top_k: int, top_p: float) -> Drawn:
     """Draw one token a row.
 
     Truncation is that of transformers' warpers: temperature first, then top-k (0: none), then top-p (1: none). Tokens
@@ -26,11 +38,9 @@ def draw(
         temperature: Divides the logits.
         top_k: How many tokens are kept.
         top_p: Share of the probability that is kept.
-
-    Returns:
-        Ids `[R]`, and their log-probabilities `[R]` under the distribution that they were drawn from.
     """
     scores_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) / temperature
+    whole_RV = scores_RV
     if 0 < top_k < scores_RV.shape[1]:
         scores_RV = _cut(scores_RV, scores_RV.topk(top_k).values[:, -1:])
     if top_p < 1:
@@ -39,7 +49,10 @@ def draw(
     weights_RV = (scores_RV - peak_R1).exp_()
     ids_R1, total_R1 = _invert(weights_RV, uniform_R[:, None])
     log_probs_R1 = scores_RV.gather(-1, ids_R1) - peak_R1 - total_R1.log().to(scores_RV.dtype)
-    return ids_R1[:, 0], log_probs_R1[:, 0]
+    untruncated_R1 = log_probs_R1
+    if scores_RV is not whole_RV:
+        untruncated_R1 = whole_RV.gather(-1, ids_R1) - whole_RV.logsumexp(-1, keepdim=True)
+    return Drawn(ids_R1[:, 0], log_probs_R1[:, 0], untruncated_R1[:, 0])
 
 
 def _cut(scores_RV: Tensor, threshold_R1: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.cascade import Decode, read_prompts
 from helpsteer_rloo.model.decoding import Step, decoding_step
-from helpsteer_rloo.model.drawing import draw, widest_float
+from helpsteer_rloo.model.drawing import Drawn, draw, widest_float
 from helpsteer_rloo.model.light_linears import light_linears
 from helpsteer_rloo.model.loading import Model
 
@@ -38,7 +38,8 @@ class Completion:
     """Sampled ids; `ended` is false for one that was cut off at the length limit.
 
     `log_probs` has one value a token, in nats: its log-probability under the distribution that it was drawn from, after
-    temperature and truncation. It is empty for models that `supports_sampler` does not accept.
+    temperature and truncation; `untruncated` is that before top-k and top-p. Both are empty for models that
+    `supports_sampler` does not accept.
 
     >>> Completion(ids=(5, 6, 2), ended=True).ids
     (5, 6, 2)
@@ -47,6 +48,7 @@ class Completion:
     ids: tuple[int, ...]
     ended: bool
     log_probs: tuple[float, ...] = ()
+    untruncated: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ class _Record:
         self._last_R = torch.tensor([last for last, _ in rows], device=device)
         self._rows_R = torch.arange(len(rows), device=device)
         self._ended_R = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        self._steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._steps: list[tuple[Tensor, Drawn]] = []
 
     def last(self) -> Tensor:
         """The tokens to read next, `[R, 1]`: those drawn last."""
@@ -239,8 +241,9 @@ class _Record:
         """Draw the next token of every row; returns the rows that go on."""
         uniform_R = self._uniforms_RN[:, len(self._steps)]
         temperature, top_k, top_p = self._sampling.temperature, self._sampling.top_k, self._sampling.top_p
-        drawn_R, log_probs_R = draw(logits_RV, uniform_R, temperature=temperature, top_k=top_k, top_p=top_p)
-        self._steps.append((self._rows_R, drawn_R, log_probs_R))
+        drawn = draw(logits_RV, uniform_R, temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn_R = drawn.ids_R
+        self._steps.append((self._rows_R, drawn))
         self._ended_R = self._ended_R | torch.isin(drawn_R, self._ends)
         # What has ended is still read until it leaves: never the end itself, whose embedding may be anything.
         self._last_R = torch.where(self._ended_R, self._last_R, drawn_R)
@@ -256,18 +259,18 @@ class _Record:
 
     def completions(self) -> list[Completion]:
         """What was drawn for each row of the chunk, up to its end."""
-        drawn: dict[int, list[tuple[int, float]]] = {row: [] for row in self._steps[0][0].tolist()}
-        for step in self._steps:
-            for row, token, log_prob in zip(*(part.tolist() for part in step), strict=True):
+        drawn: dict[int, list[tuple[int, float, float]]] = {row: [] for row in self._steps[0][0].tolist()}
+        for rows_R, tokens in self._steps:
+            for row, *token in zip(rows_R.tolist(), *(part.tolist() for part in tokens), strict=True):
                 if not drawn[row] or drawn[row][-1][0] not in self._sampling.end_ids:
-                    drawn[row].append((token, log_prob))
-        if any(math.isnan(log_prob) for row in drawn.values() for _, log_prob in row):
+                    drawn[row].append(cast(Any, tuple(token)))
+        if any(math.isnan(log_prob) for row in drawn.values() for _, log_prob, _ in row):
             raise ValueError(
                 "The model's logits, divided by the temperature, are not numbers (NaN); it cannot be sampled from."
             )
         return [
-            Completion(tuple(ids), ids[-1] in self._sampling.end_ids, tuple(log_probs))
-            for ids, log_probs in (zip(*row, strict=True) for row in drawn.values())
+            Completion(tuple(ids), ids[-1] in self._sampling.end_ids, tuple(log_probs), tuple(untruncated))
+            for ids, log_probs, untruncated in (zip(*row, strict=True) for row in drawn.values())
         ]
 
 

@@ -16,7 +16,8 @@ class Entry:
 
     `scores` holds each reward source's raw score, `None` where it gave none; `score` is their weighted, clipped sum.
     reward = score - missing_eos_penalty - kl_coef * kl, and `advantage` is the reward's leave-one-out advantage in
-    its `group` (normalized, if the run normalizes). `kl` is k1 summed over the completion's tokens, in nats.
+    its `group` (normalized, if the run normalizes). `kl` is the estimate summed over the completion's tokens, in nats;
+    `kl_coef` is 0 where KL stands in the loss.
     """
 
     step: int

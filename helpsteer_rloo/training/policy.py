@@ -17,6 +17,7 @@ from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.model.loading import read_reward_record
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.reward_functions import load_reward_functions
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
@@ -57,7 +58,7 @@ def train_policy(
     )
     trainer = RLOOTrainer(
         model=setup.base.name,
-        reward_funcs=scorer,
+        reward_funcs=[scorer, *load_reward_functions(own.reward_functions)],
         args=args,
         train_dataset=_prompt_dataset(groups),
         processing_class=tokenizer,
@@ -168,6 +169,11 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         save_steps=_whole_batches(settings.trl.get("save_steps", 500), own),
         chat_template_kwargs={"enable_thinking": record["thinking"]},
         missing_eos_penalty=own.missing_eos_penalty,
+        kl_estimator=own.kl_estimator,
+        kl_in=own.kl_in,
+        target_kl=own.target_kl,
+        importance_correction=own.importance_correction,
+        importance_cap=own.importance_cap,
         rollout_forward_batch_size=own.local_rollout_forward_batch_size,
         engine=own.engine,
         packed_tokens=own.packed_tokens,

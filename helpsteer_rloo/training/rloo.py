@@ -22,10 +22,18 @@ from helpsteer_rloo.model.roles import (
     without_reward,
 )
 from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed, supports_sampler
-from helpsteer_rloo.objectives import clipped_policy_losses
+from helpsteer_rloo.objectives import (
+    LARGEST_GAP,
+    clipped_policy_losses,
+    kl_terms,
+    truncated_weights,
+    with_weighted_gradient,
+)
 from helpsteer_rloo.training.packed import row_budget, set_up_packing, sum_over_rows
-from helpsteer_rloo.training.rloo_scoring import RLOOConfig, ScoredRLOOTrainer, gathered, has_images
+from helpsteer_rloo.training.rloo_config import RLOOConfig
+from helpsteer_rloo.training.rloo_scoring import ScoredRLOOTrainer, gathered, has_images
 from helpsteer_rloo.training.rollouts import (
+    KnownTokens,
     Rewards,
     Rollout,
     RolloutRow,
@@ -33,6 +41,7 @@ from helpsteer_rloo.training.rollouts import (
     TrainingBatch,
     TrainingSlice,
     Unit,
+    lengths_of,
     rows_of,
     shuffled_slices,
     sums_by_completion,
@@ -62,6 +71,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._budget = self._set_up_packing()
         self._slices: list[TrainingSlice] = []
+        self._widest_gap = torch.zeros((), device=self.accelerator.device)
         self._unlogged = torch.zeros(
             len(_STATS), dtype=widest_float(self.accelerator.device), device=self.accelerator.device
         )
@@ -78,12 +88,24 @@ class RLOOTrainer(ScoredRLOOTrainer):
             obstacle = "steps_per_generation that is no multiple of gradient_accumulation_steps"
         obstacle = obstacle or set_up_packing(self)
         if obstacle is not None:
+            self._refuse_packed_only(obstacle)
             self._fall_back(f"packed rows cannot be used with {obstacle}")
             return None
         if self.ref_model is not None:
             prepare_packed(cast(nn.Module, self.ref_model))
         self._packed = True
         return row_budget(self, ours.packed_tokens if ours else None)
+
+    def _refuse_packed_only(self, obstacle: str) -> None:
+        """Refuse settings that TRL's passes would leave out.
+
+        Raises:
+            ValueError: there are such.
+        """
+        asked = {"kl_in='loss'": self.kl_in == "loss"}
+        asked[f"importance_correction={self.importance_correction!r}"] = self.importance_correction != "none"
+        if names := [name for name, is_asked in asked.items() if is_asked]:
+            raise ValueError(f"{' and '.join(names)} needs packed rows, which cannot be used with {obstacle}.")
 
     def reward_role(self, directory: str | Path, base: Base) -> RewardRole:
         """A trained reward model: on the policy's own base where it is an adapter for it, else a model of its own.
@@ -131,7 +153,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
             sampling,
             rows=max(self._group_size, self.forward_batch_size or len(prompt_ids)),
         )
-        return [list(completion.ids) for completions in drawn for completion in completions]
+        self._drawn = [completion for completions in drawn for completion in completions]
+        return [list(completion.ids) for completion in self._drawn]
 
     @property
     def _asks_for_generate(self) -> bool:
@@ -177,40 +200,64 @@ class RLOOTrainer(ScoredRLOOTrainer):
         units = units_of(rollout, self._group_size)
         device, count = self.accelerator.device, len(rollout.prompts)
         kept = [ended or not self.mask_truncated_completions for ended in rollout.ended]
+        sampler_T, drawn_T = self._told_by_sampler(rollout)
         batch = TrainingBatch(
             rollout,
             scores,
             counted_B=torch.tensor(kept, device=device),
-            reference_B=None,
-            old_B=None,
+            reference_T=None,
+            old_T=None,
+            sampler_T=sampler_T,
+            drawn_T=drawn_T,
             advantage_B=torch.zeros(count, device=device),
             kl_B=None,
+            kl_coef=self.beta,
             awaited=count,
         )
         if self.beta != 0.0:
             with self._reference() as model:
-                batch.reference_B = self._pass(model, units, batch)
+                batch.reference_T = self._pass(model, units)
         if not (fresh and self._groups_are_whole(units)):
-            batch.old_B = self._pass(self.model, units, batch)
-            kl_B = None if batch.reference_B is None else gathered(batch.old_B - batch.reference_B)
+            batch.old_T = self._pass(self.model, units)
+            kl_B = None
+            if batch.reference_T is not None:
+                terms_T = kl_terms(batch.old_T, batch.reference_T, self.kl_estimator)
+                kl_B = gathered(sums_by_completion(terms_T, rollout.lengths) * batch.counted_B)
             self._finish(batch, self._rule.rewards(scores, kl_B))
         return batch
+
+    def _told_by_sampler(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probabilities of all completion tokens by the sampler: under its policy, and under what it drew from.
+
+        Raises:
+            ValueError: it does not tell, and they are to be corrected for.
+        """
+        if rollout.drawn is None:
+            if self.importance_correction != "none":
+                raise ValueError(
+                    f"importance_correction={self.importance_correction!r} needs the log-probabilities that "
+                    "completions were sampled with, and only the embedded sampler tells them; use 'none' with vLLM and "
+                    "`generate`."
+                )
+            return None, None
+        columns = [[c.untruncated for c in rollout.drawn], [c.log_probs for c in rollout.drawn]]
+        device, dtype = self.accelerator.device, self._unlogged.dtype
+        tokens = [torch.tensor([x for part in column for x in part], dtype=dtype, device=device) for column in columns]
+        return tokens[0], tokens[1]
 
     def _groups_are_whole(self, units: Sequence[Unit]) -> bool:
         whole = all(len(unit.places) == self._group_size for unit in units)
         return bool(gathered(torch.tensor([float(whole)], device=self.accelerator.device)).min().item())
 
     @torch.no_grad()
-    def _pass(self, model: Any, units: Sequence[Unit], batch: TrainingBatch) -> Tensor:
-        """Sum of the log-probabilities of each completion's tokens, in the order of the batch; `[B]`."""
+    def _pass(self, model: Any, units: Sequence[Unit]) -> Tensor:
+        """Log-probabilities of all completions' tokens side by side, in the order of the batch; `[T]`."""
         groups: list[TokenGroup] = [unit.group for unit in units]
         with self.accelerator.autocast():
             found = group_log_probs(model, groups, self._budget, self.temperature)
         places = [place for unit in units for place in unit.places]
-        sums = torch.stack([values.sum() for own in found for values in own])
-        sums_B = torch.empty_like(sums)
-        sums_B[torch.tensor(places, device=sums.device)] = sums
-        return sums_B * batch.counted_B
+        values = dict(zip(places, (values for own in found for values in own), strict=True))
+        return torch.cat([values[place] for place in sorted(values)])
 
     @contextmanager
     def _reference(self) -> Generator[Any]:
@@ -242,45 +289,76 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if not model.training or self.accelerator.sync_gradients:
             self._log_losses()
         batch = inputs.batch
-        if batch.old_B is None and batch.awaited == 0:
+        if batch.old_T is None and batch.awaited == 0:
             kl_B = None if batch.kl_B is None else gathered(batch.kl_B)  # the last micro-batch of a step: never empty
             self._finish(batch, self._rule.rewards(batch.scores, kl_B))
         return loss
 
     def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow) -> Tensor:
-        stats, batch = self._unlogged, inputs.batch
-        places = torch.tensor(row.places, device=stats.device)
-        counted_B = batch.counted_B[places]
+        batch, lengths = inputs.batch, lengths_of(row.row)
         with self.accelerator.autocast():  # for the vocabulary head, which stands outside the model's forward
             found = packed_log_probs(model, row.row, self.temperature)
-        log_probs_B = sums_by_completion(found.log_probs, row.row) * counted_B
-        if batch.old_B is None:
-            self._fill_in(batch, places, log_probs_B.detach())
-        old_B = log_probs_B.detach() if batch.old_B is None else batch.old_B[places]
-        advantage_B = batch.advantage_B[places]
-        losses_B = clipped_policy_losses(log_probs_B - old_B, advantage_B, self.epsilon_low, self.epsilon_high)
+        known = batch.known_of(row, found.log_probs.detach())
+        if batch.old_T is None:
+            self._fill_in(batch, row, known)
+        places = torch.tensor(row.places, device=batch.counted_B.device)
+        counted_B, advantage_B = batch.counted_B[places], batch.advantage_B[places]
+        log_ratio_B = self._log_ratios(found.log_probs, known, lengths) * counted_B
+        losses_B = clipped_policy_losses(log_ratio_B, advantage_B, self.epsilon_low, self.epsilon_high)
+        if self.importance_correction == "sequence" and known.drawn_T is not None:
+            log_weights_B = sums_by_completion(known.old_T - known.drawn_T, lengths)
+            losses_B = losses_B * truncated_weights(log_weights_B, self.importance_cap).to(losses_B.dtype)
+        if self.kl_in == "loss" and known.reference_T is not None:
+            terms_T = kl_terms(found.log_probs, known.reference_T, self.kl_estimator)
+            losses_B = losses_B + batch.kl_coef * sums_by_completion(terms_T, lengths) * counted_B
         with torch.no_grad():
-            ratio_B = (log_probs_B - old_B).exp()
-            low_B = (ratio_B < 1 - self.epsilon_low) & (advantage_B < 0)
-            high_B = (ratio_B > 1 + self.epsilon_high) & (advantage_B > 0)
-            lengths = torch.tensor([n for s in row.row.spans for n in s.continuations], device=stats.device)
-            entropy_B = sums_by_completion(found.entropies, row.row) * counted_B
-            sums = (entropy_B.sum(), (lengths * counted_B).sum(), low_B.sum(), high_B.sum(), len(row.places))
-            stats += torch.stack([torch.as_tensor(value, dtype=stats.dtype, device=stats.device) for value in sums])
+            entropy_B = sums_by_completion(found.entropies, lengths) * counted_B
+            tokens_B = torch.tensor(lengths, device=places.device) * counted_B
+            self._count_clipped(log_ratio_B.exp(), advantage_B, entropy_B.sum(), tokens_B.sum())
+            self._count_gaps(known)
         return losses_B.sum() * inputs.weight
 
-    def _fill_in(self, batch: TrainingBatch, places: Tensor, log_probs_B: Tensor) -> None:
+    def _log_ratios(self, log_probs_T: Tensor, known: KnownTokens, lengths: Sequence[int]) -> Tensor:
+        """Log of the probability ratio of each completion to the policy that sampled it, `[B]`.
+
+        With importance weights a token, they multiply each token's part of the gradient.
+        """
+        log_ratio_T = log_probs_T - known.old_T
+        if self.importance_correction == "token" and known.drawn_T is not None:
+            weights_T = truncated_weights(known.old_T - known.drawn_T, self.importance_cap)
+            log_ratio_T = with_weighted_gradient(log_ratio_T, weights_T.to(log_ratio_T.dtype))
+        return sums_by_completion(log_ratio_T, lengths)
+
+    def _fill_in(self, batch: TrainingBatch, row: RolloutRow, known: KnownTokens) -> None:
         """Rewards and advantages of whole groups whose policy log-probabilities have just been computed."""
+        places = torch.tensor(row.places, device=batch.counted_B.device)
         own = Scores(*(self._local(values)[places] for values in _columns(batch.scores)))
         kl_B = None
-        if batch.reference_B is not None:
-            kl_B = log_probs_B - batch.reference_B[places]
-            batch.kl_B = torch.zeros_like(batch.reference_B) if batch.kl_B is None else batch.kl_B
+        if known.reference_T is not None:
+            terms_T = kl_terms(known.old_T, known.reference_T, self.kl_estimator)
+            kl_B = sums_by_completion(terms_T, lengths_of(row.row)) * batch.counted_B[places]
+            batch.kl_B = kl_B.new_zeros(len(batch.counted_B)) if batch.kl_B is None else batch.kl_B
             batch.kl_B[places] = kl_B
         advantage_B = self._rule.rewards(own, kl_B).advantage_B
         batch.advantage_B = batch.advantage_B.to(advantage_B.dtype)
         batch.advantage_B[places] = advantage_B
         batch.awaited -= len(places)
+
+    def _count_clipped(self, ratio_B: Tensor, advantage_B: Tensor, entropy: Tensor, tokens: Tensor) -> None:
+        low_B = (ratio_B < 1 - self.epsilon_low) & (advantage_B < 0)
+        high_B = (ratio_B > 1 + self.epsilon_high) & (advantage_B > 0)
+        counts = {"entropy": entropy, "tokens": tokens, "low": low_B.sum(), "high": high_B.sum()}
+        for name, value in {**counts, "completions": len(ratio_B)}.items():
+            self._unlogged[_STATS.index(name)] += value
+
+    def _count_gaps(self, known: KnownTokens) -> None:
+        """How far the sampler's log-probabilities are from the trainer's, of the same tokens under the same policy."""
+        if known.sampler_T is None:
+            return
+        gaps_T = (known.old_T - known.sampler_T).abs().to(self._unlogged.dtype)
+        for name, value in {"gap": gaps_T.sum(), "gaps": len(gaps_T), "wide": (gaps_T > LARGEST_GAP).sum()}.items():
+            self._unlogged[_STATS.index(name)] += value
+        self._widest_gap = torch.maximum(self._widest_gap, gaps_T.max().float())
 
     def _log_losses(self) -> None:
         """TRL's metrics of one optimizer step over all processes, every completion with the same weight."""
@@ -291,9 +369,15 @@ class RLOOTrainer(ScoredRLOOTrainer):
         for side in ("low", "high"):
             metrics[f"clip_ratio/{side}_mean"].append(totals[side] / totals["completions"])
         metrics["clip_ratio/region_mean"].append((totals["low"] + totals["high"]) / totals["completions"])
+        widest = gathered(self._widest_gap[None]).max().item()
+        self._widest_gap = torch.zeros_like(self._widest_gap)
+        if totals["gaps"]:
+            metrics["sampler_gap/mean"].append(totals["gap"] / totals["gaps"])
+            metrics["sampler_gap/max"].append(widest)
+            metrics[f"sampler_gap/over_{LARGEST_GAP}"].append(totals["wide"] / totals["gaps"])
 
 
-_STATS = ("entropy", "tokens", "low", "high", "completions")
+_STATS = ("entropy", "tokens", "low", "high", "completions", "gap", "gaps", "wide")
 
 
 def _columns(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,30 +18,14 @@ from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
 from helpsteer_rloo.groups import Message
 from helpsteer_rloo.model.forward import scalar_head
 from helpsteer_rloo.model.roles import RewardRole
-from helpsteer_rloo.objectives import kl_k1
+from helpsteer_rloo.model.rollout import Completion
+from helpsteer_rloo.objectives import kl_terms
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.training.kl_weight import KLWeight
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
+from helpsteer_rloo.training.rloo_config import RLOOConfig
 from helpsteer_rloo.training.rollouts import AdvantageRule, Rewards, Rollout, Scores
 from helpsteer_rloo.training.scorer import RewardModelScorer
-
-
-@dataclass
-class RLOOConfig(trl.RLOOConfig):
-    """TRL's `RLOOConfig` and five more settings."""
-
-    engine: str = field(default="packed", metadata={"help": "'packed' rows with shared prompts, or 'trl': its own."})
-    packed_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens in one packed row; a larger group stands alone. Default: 4096, on a CPU 1024."},
-    )
-
-    missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Subtracted from the score of a completion that did not end by itself."}
-    )
-    rollout_forward_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions sampled or scored in one forward pass; default: all at once."}
-    )
-    rollouts_dir: str | None = field(default=None, metadata={"help": "Directory of the ledger; default: none is kept."})
 
 
 class ScoredRLOOTrainer(trl.RLOOTrainer):
@@ -63,12 +46,19 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any, args: trl.RLOOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
-        """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this module's."""
+        """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this project's."""
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         ours = self.args if isinstance(self.args, RLOOConfig) else None
         self.missing_eos_penalty = ours.missing_eos_penalty if ours else 0.0
         self.forward_batch_size = ours.rollout_forward_batch_size if ours else None
         self.rollouts_dir = Path(ours.rollouts_dir) if ours and ours.rollouts_dir else None
+        self.kl_estimator, self.kl_in = (ours.kl_estimator, ours.kl_in) if ours else ("k1", "reward")
+        self.importance_correction = ours.importance_correction if ours else "none"
+        self.importance_cap = ours.importance_cap if ours else 0.0
+        self._drawn: list[Completion] | None = None
+        self._kl_weight = KLWeight(self, ours.target_kl) if ours and ours.target_kl is not None else None
+        if self._kl_weight is not None:
+            self.add_callback(self._kl_weight)
         self._fallbacks: set[str] = set()
         self._renderer = self._make_renderer()
         pairs = zip(self.reward_funcs, self.reward_processing_classes, strict=True)
@@ -187,7 +177,10 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
         rollout = self._rollout(inputs)
         batch = self._pad(rollout)
         old_BC, reference_BC = self._log_probs(batch)
-        kl_B = None if reference_BC is None else gathered(kl_k1(old_BC, reference_BC, batch["completion_mask"]))
+        kl_B = None
+        if reference_BC is not None:
+            terms_BC = kl_terms(old_BC, reference_BC, self.kl_estimator)
+            kl_B = gathered(terms_BC.where(batch["completion_mask"].bool(), 0.0).sum(-1))
         rewards = self._rule.rewards(self._scores(inputs, rollout), kl_B)
         self._log_rollout(rollout, rewards, batch["completion_mask"].sum())
         return {
@@ -198,7 +191,8 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
 
     @property
     def _rule(self) -> AdvantageRule:
-        return AdvantageRule(self.beta, self._group_size, bool(self.normalize_advantages))
+        in_reward = self.beta if self.kl_in == "reward" else 0.0
+        return AdvantageRule(in_reward, self._group_size, bool(self.normalize_advantages))
 
     def _local(self, all_B: Tensor) -> Tensor:
         """This process's part of a tensor of all processes' values."""
@@ -207,9 +201,10 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
 
     def _rollout(self, inputs: list[dict[str, Any]]) -> Rollout:
         prompts = [row["prompt"] for row in inputs]
+        self._drawn = None
         prompt_ids, completion_ids, completions = self._generate(prompts)
         ended = [bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids]
-        return Rollout(prompts, prompt_ids, completion_ids, completions, ended)
+        return Rollout(prompts, prompt_ids, completion_ids, completions, ended, self._drawn)
 
     def _pad(self, rollout: Rollout) -> dict[str, Tensor]:
         device, multiple = self.accelerator.device, cast(int | None, self.pad_to_multiple_of)
@@ -268,6 +263,7 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
         if rewards.kl_B is not None:
             metrics["kl"].append(rewards.kl_B.sum().item() / max(total, 1))
             metrics["kl_per_completion"].append(rewards.kl_B.mean().item())
+            metrics["kl_coef"].append(self.beta)
         for name, source_B in zip(self.reward_func_names, rewards.scores.by_source_BF.unbind(1), strict=True):
             metrics[f"rewards/{name}/mean"].append(source_B.nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(source_B).item())
@@ -281,6 +277,8 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
         self._log_tables(rollout, rewards)
         if self._sampling_for_training and self.rollouts_dir is not None:
             self._write_ledger(rollout, rewards)
+        if self._sampling_for_training and self._kl_weight is not None and rewards.kl_B is not None:
+            self._kl_weight.adapt(rewards.kl_B.mean().item())
 
     @property
     def _current_metrics(self) -> defaultdict[str, list[float]]:
@@ -330,7 +328,7 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
                     score=number_or_none(score),
                     missing_eos_penalty=penalty,
                     kl=kl_value,
-                    kl_coef=self.beta,
+                    kl_coef=self._rule.beta,
                     reward=number_or_none(reward),
                     advantage=advantage,
                 )

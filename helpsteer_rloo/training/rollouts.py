@@ -3,12 +3,13 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.rollout import Completion
 from helpsteer_rloo.objectives import penalized_rewards, rloo_advantages
 from helpsteer_rloo.packing import PackedRow, pack
 from helpsteer_rloo.training.packed import deal
@@ -16,13 +17,27 @@ from helpsteer_rloo.training.packed import deal
 
 @dataclass(frozen=True)
 class Rollout:
-    """One local batch of sampled completions, B = P·N of them, those of a prompt next to each other."""
+    """One local batch of sampled completions, B = P·N of them, those of a prompt next to each other.
+
+    `drawn` is what the embedded sampler says of them, with its log-probabilities; other samplers say nothing.
+    """
 
     prompts: list[Any]
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completions: list[Any]
     ended: list[bool]
+    drawn: list[Completion] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(ids) for ids in self.completion_ids]
+
+    def token_places(self, places: Sequence[int]) -> list[int]:
+        """Where the tokens of some completions stand among all tokens of the batch, side by side in its order."""
+        bounds = [0, *itertools.accumulate(self.lengths)]
+        return [token for place in places for token in range(bounds[place], bounds[place + 1])]
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class AdvantageRule:
-    """How rewards and advantages follow from scores: the weight of KL, the group size, and normalization."""
+    """How rewards and advantages follow from scores: the weight of KL in the reward, group size, normalization."""
 
     beta: float
     group_size: int
@@ -80,19 +95,41 @@ class RolloutRow:
 class TrainingBatch:
     """A local batch of rollouts on its way through training.
 
-    Log-probabilities are sums over a completion's tokens, in nats, `[B]`. `old_B` is None where the training pass
-    itself yields them, which it does if every completion is trained on once; KL, and with it rewards and advantages,
-    are then filled in as the rows pass, and `awaited` counts the completions that have not.
+    Log-probabilities, in nats, are those of all completions' tokens side by side, `[T]`: `reference_T` under the
+    reference; `old_T` under the policy that sampled, as the trainer computes it; `sampler_T` the same as the sampler
+    computed it; `drawn_T` under the distribution that was drawn from, after truncation. The sampler's are None where it
+    does not tell. `old_T` is None where the training pass itself yields it, which it does if every completion is
+    trained on once; KL, and with it rewards and advantages, are then filled in as the rows pass, and `awaited` counts
+    the completions that have not. `kl_coef` is the weight of KL for this batch.
     """
 
     rollout: Rollout
     scores: Scores
     counted_B: Tensor
-    reference_B: Tensor | None
-    old_B: Tensor | None
+    reference_T: Tensor | None
+    old_T: Tensor | None
+    sampler_T: Tensor | None
+    drawn_T: Tensor | None
     advantage_B: Tensor
     kl_B: Tensor | None
+    kl_coef: float
     awaited: int
+
+    def known_of(self, row: RolloutRow, log_probs_T: Tensor) -> "KnownTokens":
+        """What is known of the tokens of a row, whose log-probabilities are those given if there are no older ones."""
+        tokens = torch.tensor(self.rollout.token_places(row.places), device=self.counted_B.device)
+        known = (self.reference_T, self.sampler_T, self.drawn_T)
+        old_T = log_probs_T if self.old_T is None else self.old_T[tokens]
+        return KnownTokens(old_T, *(None if values is None else values[tokens] for values in known))
+
+
+class KnownTokens(NamedTuple):
+    """The log-probabilities of `TrainingBatch` for the tokens of one row, in its order."""
+
+    old_T: Tensor
+    reference_T: Tensor | None
+    sampler_T: Tensor | None
+    drawn_T: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -152,7 +189,15 @@ def shuffled_slices(units: Sequence[Unit], steps: int, slices: int, tokens: int 
     return [deal(rows_of(hand, tokens), slices) for hand in hands]
 
 
-def sums_by_completion(values_T: Tensor, row: PackedRow) -> Tensor:
-    """Sum values `[T]` of the row's continuation tokens over each continuation; `[B]`."""
-    lengths = [length for span in row.spans for length in span.continuations]
-    return torch.stack([part.sum() for part in values_T.split(lengths)])
+def lengths_of(row: PackedRow) -> list[int]:
+    """Tokens of each continuation of a row."""
+    return [length for span in row.spans for length in span.continuations]
+
+
+def sums_by_completion(values_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum values `[T]` of completions that stand side by side over each of them; `[B]`.
+
+    >>> sums_by_completion(torch.tensor([1.0, 2.0, 3.0]), [2, 1])
+    tensor([3., 3.])
+    """
+    return torch.stack([part.sum() for part in values_T.split(list(lengths))])

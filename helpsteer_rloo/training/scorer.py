@@ -6,6 +6,7 @@ from typing import Any
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.roles import RewardRole
+from helpsteer_rloo.reward_functions import MODEL_REWARD
 
 
 class RewardModelScorer:
@@ -16,7 +17,7 @@ class RewardModelScorer:
     """
 
     def __init__(
-        self, role: RewardRole | None, *, batch_size: int, max_length: int | None, name: str = "reward_model"
+        self, role: RewardRole | None, *, batch_size: int, max_length: int | None, name: str = MODEL_REWARD
     ) -> None:
         """Bind a reward model, or None until `role` is set, where it is to stand on a base that is not loaded yet.
 

@@ -23,6 +23,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from helpsteer_rloo.model import cascade, rollout
 from helpsteer_rloo.model.attention import SHARED_PREFIX, use_shared_prefix
+from helpsteer_rloo.model.drawing import Drawn
 from helpsteer_rloo.model.loading import end_ids
 from helpsteer_rloo.model.rollout import (
     Sampling,
@@ -312,7 +313,7 @@ def test_everything_is_put_back_after_an_exception_in_the_middle(monkeypatch):
         calls.append("forward" in inner.model.layers[0].mlp.up_proj.__dict__)
         if len(calls) == 3:
             raise RuntimeError("in the middle")
-        return logits_RV.argmax(-1), logits_RV.amax(-1)
+        return Drawn(logits_RV.argmax(-1), logits_RV.amax(-1), logits_RV.amax(-1))
 
     monkeypatch.setattr("helpsteer_rloo.model.rollout.draw", fails)
     with pytest.raises(RuntimeError, match="in the middle"):
