@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from helpsteer_rloo import __version__
+from helpsteer_rloo.preemption import STOPPED, Stopped
 
 INTERRUPTED = 130
 
@@ -148,6 +149,9 @@ def guarded(work: Callable[[], None]) -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         work()
+    except Stopped as stopped:
+        print(f"\n{stopped} Give the same command again to go on.", file=sys.stderr)
+        sys.exit(STOPPED)
     except (ValueError, OSError) as error:
         if os.environ.get("HELPSTEER_RLOO_DEBUG"):
             traceback.print_exc()

@@ -158,10 +158,3 @@ def locked(path: Path) -> Generator[None]:
         file.write(f"pid {os.getpid()}")
         file.flush()
         yield
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the highest step in a trainer's output directory, or `None`."""
-    found = [(int(p.name.rpartition("-")[2]), p) for p in directory.glob("checkpoint-*") if p.name[11:].isdigit()]
-    complete = [(step, path) for step, path in found if (path / "trainer_state.json").exists()]
-    return max(complete)[1] if complete else None

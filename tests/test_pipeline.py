@@ -1,6 +1,8 @@
 """The whole pipeline through its commands, on rows of the demo world and a tiny random model."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +186,69 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(command, tmp_path, cap
     cli.run_pipeline(arguments)
     assert "Stage reward_model goes on." in capsys.readouterr().out
     assert steps[:6] == [0, 1, 2, 3, 2, 3]  # the checkpoint of step 2 is where it goes on
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(command, tmp_path, capsys, monkeypatch, number):
+    import trl
+
+    arguments = [*command, f"--output_dir={tmp_path}", "--allow_weak_reward_model", "--rloo.num_mini_batches=2"]
+    arguments += ["--rloo.gradient_accumulation_steps=1", "--total_episodes=64"]
+    asked_at = {"RewardTrainer": 3, "RLOOTrainer": 4}
+    steps = {name: [] for name in asked_at}
+    for name in asked_at:
+        trainer = getattr(trl, name)
+
+        def asked(self, *args, step=trainer.training_step, name=name, **kwargs):
+            steps[name].append(self.state.global_step)
+            if len(steps[name]) == asked_at[name]:
+                os.kill(os.getpid(), number)
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(trainer, "training_step", asked)
+    before = signal.getsignal(number)
+    for stage, step in (("reward_model", 3), ("policy", 4)):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_pipeline(arguments)
+        assert stopped.value.code == 75
+        written = capsys.readouterr()
+        assert f"Stopped as asked, after step {step}" in written.err
+        assert signal.Signals(number).name in written.out
+        assert (tmp_path / stage / f"checkpoint-{step}").is_dir()
+        assert signal.getsignal(number) is before
+    cli.run_pipeline(arguments)
+    assert steps["RewardTrainer"] == list(range(len(steps["RewardTrainer"])))  # nothing twice, nothing left out
+    assert steps["RLOOTrainer"] == list(range(8))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(command, tmp_path, monkeypatch):
+    import trl
+
+    arguments = [*command, f"--output_dir={tmp_path}", "--reward_model_only", "--allow_weak_reward_model"]
+    arguments += ["--reward.save_steps=1", "--reward.save_total_limit=2"]
+    step = trl.RewardTrainer.training_step
+    steps = []
+
+    def dies_at_step_4(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl.RewardTrainer, "training_step", dies_at_step_4)
+    with pytest.raises(SystemExit):
+        cli.run_pipeline(arguments)
+    checkpoints = sorted(path.name for path in (tmp_path / "reward_model").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-3", "checkpoint-4"]
+    weights = next((tmp_path / "reward_model" / "checkpoint-4").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.warns(
+        UserWarning, match=rf"checkpoint-4 cannot be used: {weights.name} is not what was saved. Going on"
+    ):
+        cli.run_pipeline(arguments)
+    assert steps[4:7] == [4, 3, 4]
 
 
 def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):

@@ -14,7 +14,6 @@ from helpsteer_rloo import run_dir
 from helpsteer_rloo.run_dir import (
     RunDir,
     fingerprint,
-    latest_checkpoint,
     locked,
     read_json,
     set_aside,
@@ -187,24 +186,3 @@ def test_a_second_holder_of_a_lock_is_refused_until_the_first_lets_go(tmp_path):
         pass
     with locked(lock):
         pass
-
-
-def checkpoint(directory, name, complete=True):
-    (directory / name).mkdir(parents=True)
-    if complete:
-        (directory / name / "trainer_state.json").write_text("{}")
-
-
-def test_the_latest_checkpoint_is_the_highest_step_that_is_complete(tmp_path):
-    for step in (9, 10, 100):
-        checkpoint(tmp_path, f"checkpoint-{step}")
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-    checkpoint(tmp_path, "checkpoint-200", complete=False)
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-
-
-def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
-    for name in ("checkpoint-best", "checkpoint-", "checkpoint-7-old", "other-8", "checkpoint-9.tmp"):
-        checkpoint(tmp_path, name)
-    assert latest_checkpoint(tmp_path) is None
-    assert latest_checkpoint(tmp_path / "absent") is None

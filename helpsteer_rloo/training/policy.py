@@ -9,6 +9,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
@@ -18,10 +19,12 @@ from helpsteer_rloo.model.loading import read_reward_record
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
-from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, latest_checkpoint
+from helpsteer_rloo.run_dir import HELDOUT_PROMPTS
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
+from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
+from helpsteer_rloo.training.stopping import stopping_on_request
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
@@ -80,12 +83,14 @@ def train_policy(
 
 
 def _train(trainer: RLOOTrainer, own: RLOOKnobs) -> None:
-    """Train from the newest checkpoint; rollouts recorded behind it are discarded, since they are sampled again."""
-    checkpoint = latest_checkpoint(Path(own.output_dir))
+    """Train from the newest whole checkpoint; rollouts behind it are discarded, since they are sampled again."""
+    checkpoint = checkpoint_to_go_on_from(own.output_dir)
+    seal_checkpoints(trainer)
     if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
-        discard_rollouts_from(trainer.rollouts_dir, int(checkpoint.name[11:]) if checkpoint else 0)
+        discard_rollouts_from(trainer.rollouts_dir, step_of(checkpoint) if checkpoint else 0)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stopping_on_request(trainer, every=own.num_ppo_epochs * own.num_mini_batches):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise

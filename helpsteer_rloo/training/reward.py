@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
-from helpsteer_rloo.run_dir import latest_checkpoint
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
+from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
+from helpsteer_rloo.training.stopping import stopping_on_request
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
@@ -227,7 +227,7 @@ def train_reward_model(
     validation: list[TokenGroup],
     probes: list[list[int]],
 ) -> dict[str, Any]:
-    """Train a reward model, going on from the newest checkpoint in its directory, and save it there.
+    """Train a reward model, going on from the newest whole checkpoint in its directory, and save it there.
 
     Args:
         settings: Knobs and TRL flags.
@@ -258,8 +258,10 @@ def train_reward_model(
         quantization_config=setup.quantization,
         peft_config=setup.peft,
     )
-    checkpoint = latest_checkpoint(Path(settings.own.output_dir))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    checkpoint = checkpoint_to_go_on_from(settings.own.output_dir)
+    seal_checkpoints(trainer)
+    with stopping_on_request(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     to_stored_dtype(model, setup.base.dtype)
     trainer.save_model(settings.own.output_dir)

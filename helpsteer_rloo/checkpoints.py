@@ -1,0 +1,82 @@
+"""Checkpoints that are known to be whole: each is sealed with the digests of its files, written last.
+
+A run that was killed while it saved, or whose disk was full or lost a block, goes on from the newest checkpoint that is
+still as it was sealed.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from helpsteer_rloo.run_dir import write_json
+
+SEAL = "sealed.json"
+"""In a checkpoint: size and SHA-256 of every other file of it, by its path there."""
+
+
+def seal(checkpoint: Path) -> None:
+    """Record what the files of a finished checkpoint are.
+
+    Raises:
+        OSError: they cannot be read, or the record not written.
+    """
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    write_json(checkpoint / SEAL, {str(path.relative_to(checkpoint)): _identity(path) for path in files})
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if its files are those that were sealed."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        for name, identity in sealed.items():
+            path = checkpoint / name
+            if path.stat().st_size != identity["bytes"] or _identity(path) != identity:
+                return f"{name} is not what was saved"
+    except FileNotFoundError as error:
+        name = Path(str(error.filename)).name
+        return "it was not finished" if name == SEAL else f"{name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step that is whole, and a sentence on each newer one that is not."""
+    problems: list[str] = []
+    for path in reversed(_by_step(directory)):
+        problem = damage(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"The checkpoint {path} cannot be used: {problem}.")
+    return None, problems
+
+
+def keep_newest(directory: Path, count: int, best: Path | None = None) -> None:
+    """Remove all checkpoints but the newest `count` sealed ones, by step, whatever the clock said when they were made.
+
+    One that is not sealed goes as well once a later one is; `best` stays.
+    """
+    checkpoints = _by_step(directory)
+    kept = [path for path in checkpoints if (path / SEAL).exists()][-count:]
+    if not kept:
+        return
+    for path in checkpoints[: checkpoints.index(kept[-1])]:
+        if path not in kept and (best is None or path.resolve() != best.resolve()):
+            (path / SEAL).unlink(missing_ok=True)  # first, so that a half removed one is not taken for whole
+            shutil.rmtree(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step of a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _by_step(directory: Path) -> list[Path]:
+    named = [path for path in directory.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(named, key=step_of)
+
+
+def _identity(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
