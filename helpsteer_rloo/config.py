@@ -59,7 +59,7 @@ class DataKnobs:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKnobs(DataKnobs):
-    """How passes are computed: the same loss of the same batch to float error.
+    """How passes are computed, the same loss of the same batch to float error, and how often they may fail.
 
     Batches of reward training differ: packed ones hold whole prompts, TRL's scattered pairs.
     """
@@ -73,6 +73,9 @@ class EngineKnobs(DataKnobs):
         "Most tokens in one packed row (default: 4096, on a CPU 1024); a larger pair or group of completions "
         "stands alone. Less saves memory, more may save time.",
     )
+    max_bad_steps: int = _knob(
+        5, "Optimizer steps in a row that may be skipped because their gradient is not finite; more end the run."
+    )
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
@@ -84,6 +87,7 @@ class EngineKnobs(DataKnobs):
             self.packed_tokens,
             "at least 1 token",
         )
+        _require(self.max_bad_steps >= 0, "max_bad_steps", self.max_bad_steps, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

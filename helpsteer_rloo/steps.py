@@ -43,7 +43,7 @@ PROBES = 16
 _WITHOUT_EFFECT = (
     "output_dir", "rollouts_dir", "reward_model_path", "sample_predictions", "local_rollout_forward_batch_size",
     "logging_", "log_", "report_to", "run_name", "save_", "eval_", "per_device_eval_batch_size", "disable_tqdm",
-    "hub_", "push_to_hub", "dataloader_", "project", "trackio_", "num_completions_to_print",
+    "hub_", "push_to_hub", "dataloader_", "project", "trackio_", "num_completions_to_print", "max_bad_steps",
 )  # fmt: skip
 """Flags, or beginnings of flags, that leave the result as it is; changing them makes no stage run again."""
 
@@ -163,7 +163,7 @@ def _reward_record(
             "pairs": report["splits"]["train"]["pairs"],
         },
         "settings": settings.describe(),
-        "training": {name: training[name] for name in ("steps", "last_metrics")},
+        "training": {name: training[name] for name in ("steps", "bad_steps", "last_metrics")},
         "reload": dict(reload),
         "provenance": provenance(),
     }

@@ -17,7 +17,7 @@ class Entry:
     `scores` holds each reward source's raw score, `None` where it gave none; `score` is their weighted, clipped sum.
     reward = score - missing_eos_penalty - kl_coef * kl, and `advantage` is the reward's leave-one-out advantage in
     its `group` (normalized, if the run normalizes). `kl` is the estimate summed over the completion's tokens, in nats;
-    `kl_coef` is 0 where KL stands in the loss.
+    `kl_coef` is 0 where KL stands in the loss. What is not finite, and so was not trained on, is `None`.
     """
 
     step: int
@@ -33,7 +33,7 @@ class Entry:
     kl: float | None
     kl_coef: float
     reward: float | None
-    advantage: float
+    advantage: float | None
 
 
 def write_rollout(directory: Path, step: int, entries: Iterable[Entry]) -> Path:
@@ -66,5 +66,5 @@ def discard_rollouts_from(directory: Path, step: int) -> int:
 
 
 def number_or_none(value: float) -> float | None:
-    """A float for JSON: NaN, which marks a missing reward, becomes null."""
-    return None if math.isnan(value) else value
+    """A float for JSON: NaN, which marks a missing reward, and infinities become null."""
+    return value if math.isfinite(value) else None

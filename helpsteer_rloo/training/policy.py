@@ -20,6 +20,7 @@ from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS
+from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
@@ -40,8 +41,8 @@ def train_policy(
     at turn boundaries, those that a cut makes equal to one of the `heldout` prompts are left out, and all are counted.
 
     Returns:
-        `steps`, `prompts` (counts by reason), `base`, `adapter`, `shared_base` (whether the reward model stands on the
-        policy's base) and the last logged metrics.
+        `steps`, `bad_steps` (those of them that were skipped), `prompts` (counts by reason), `base`, `adapter`,
+        `shared_base` (whether the reward model stands on the policy's base) and the last logged metrics.
 
     Raises:
         ValueError: the reward model is missing, renders text differently, or leaves no room for a completion.
@@ -69,10 +70,12 @@ def train_policy(
         peft_config=setup.peft,
     )
     scorer.role = trainer.reward_role(own.reward_model_path, setup.base)
+    bad_steps = skip_bad_steps(trainer, own.max_bad_steps)
     _train(trainer, own)
     trainer.save_model(own.output_dir)
     return {
         "steps": trainer.state.global_step,
+        "bad_steps": bad_steps.total,
         "episodes": trainer.state.global_step * _episodes_a_step(args, own),
         "prompts": dict(counts),
         "base": asdict(setup.base),

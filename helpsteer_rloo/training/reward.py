@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
+from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
@@ -237,7 +238,7 @@ def train_reward_model(
         probes: Token sequences whose scores are returned, to be compared with those of the saved model.
 
     Returns:
-        `steps`, `last_metrics`, `base`, `adapter`, and `probe_scores`.
+        `steps`, `bad_steps` (those of them that were skipped), `last_metrics`, `base`, `adapter`, and `probe_scores`.
     """
     args = build_args(
         RewardConfig,
@@ -260,6 +261,7 @@ def train_reward_model(
     )
     checkpoint = checkpoint_to_go_on_from(settings.own.output_dir)
     seal_checkpoints(trainer)
+    bad_steps = skip_bad_steps(trainer, settings.own.max_bad_steps)
     with stopping_on_request(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -268,6 +270,7 @@ def train_reward_model(
     scores = score_sequences(model, probes, batch_size=1)
     return {
         "steps": trainer.state.global_step,
+        "bad_steps": bad_steps.total,
         "last_metrics": _last_metrics(trainer.state.log_history),
         "base": asdict(setup.base),
         "adapter": setup.peft is not None,

@@ -327,10 +327,10 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
                     scores=dict(zip(self.reward_func_names, map(number_or_none, sources), strict=True)),
                     score=number_or_none(score),
                     missing_eos_penalty=penalty,
-                    kl=kl_value,
+                    kl=None if kl_value is None else number_or_none(kl_value),
                     kl_coef=self._rule.beta,
                     reward=number_or_none(reward),
-                    advantage=advantage,
+                    advantage=number_or_none(advantage),
                 )
             )
         write_rollout(self.rollouts_dir, self.state.global_step, entries)
