@@ -1,6 +1,5 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
-import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +91,7 @@ def _train(trainer: RLOOTrainer, own: RLOOKnobs) -> None:
     if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
         discard_rollouts_from(trainer.rollouts_dir, step_of(checkpoint) if checkpoint else 0)
     try:
-        with stopping_on_request(trainer, every=own.num_ppo_epochs * own.num_mini_batches):
+        with stopping_on_request(trainer):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
@@ -174,7 +173,6 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         beta=own.kl_coef,
         epsilon=own.cliprange,
         max_completion_length=own.response_length,
-        save_steps=_whole_batches(settings.trl.get("save_steps", 500), own),
         chat_template_kwargs={"enable_thinking": record["thinking"]},
         missing_eos_penalty=own.missing_eos_penalty,
         kl_estimator=own.kl_estimator,
@@ -187,12 +185,6 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         packed_tokens=own.packed_tokens,
         rollouts_dir=own.rollouts_dir or str(Path(own.output_dir) / "rollouts"),
     )
-
-
-def _whole_batches(save_steps: float, own: RLOOKnobs) -> float:
-    """Save only where a batch of rollouts ends, since TRL cannot go on inside one; a share below 1 stays as it is."""
-    batch = own.num_ppo_epochs * own.num_mini_batches
-    return save_steps if save_steps < 1 else math.ceil(save_steps / batch) * batch
 
 
 def _prompt_dataset(groups: list[TokenGroup]) -> Dataset:

@@ -17,6 +17,7 @@ from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
+from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
@@ -35,8 +36,8 @@ class RewardConfig(trl.RewardConfig):
     )
 
 
-class RewardTrainer(trl.RewardTrainer):
-    """TRL's `RewardTrainer`, same arguments, with five differences.
+class RewardTrainer(ResumesExactly, trl.RewardTrainer):
+    """TRL's `RewardTrainer`, same arguments, with six differences.
 
     - Pairs are computed in packed rows: next to no padding, the prompt once for both responses, and for all pairs that
       share a value in the column `group`, if the data set has one. Loss and gradients are TRL's to float error; only
@@ -47,6 +48,7 @@ class RewardTrainer(trl.RewardTrainer):
     - Under bf16 the trained weights of a LoRA run, the head among them, are kept in float32. (PEFT leaves the head in
       the base's bf16, where most updates of 1e-5 to weights around 0.02 are rounded away.)
     - Pairs that `max_length` removes are counted and reported. (TRL drops them without a word.)
+    - The metrics of a run that goes on from a checkpoint are those of one that was not stopped.
     """
 
     def __init__(self, *args: Any, peft_config: PeftConfig | None = None, **kwargs: Any) -> None:

@@ -29,6 +29,8 @@ from helpsteer_rloo.objectives import (
     truncated_weights,
     with_weighted_gradient,
 )
+from helpsteer_rloo.training import rollout_buffer
+from helpsteer_rloo.training.exact_resume import Position
 from helpsteer_rloo.training.packed import row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.rloo_config import RLOOConfig
 from helpsteer_rloo.training.rloo_scoring import ScoredRLOOTrainer, gathered, has_images
@@ -181,7 +183,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
             return TrainingSlice(batch, rows, 1 / len(batch.rollout.prompts))
         args = cast(Any, self.args)
         per_generation, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
-        if self._step % (per_generation * self.num_iterations) == 0 or not self._slices:
+        if not self._inside_a_batch or not self._slices:
             once = self.num_iterations == 1 and per_generation == accumulation
             batch = self._rolled_out(generation_batch, fresh=once and not self.normalize_advantages)
             units = units_of(batch.rollout, self._group_size)
@@ -276,6 +278,18 @@ class RLOOTrainer(ScoredRLOOTrainer):
         lengths = [len(ids) for ids in batch.rollout.completion_ids]
         tokens = (torch.tensor(lengths, device=batch.counted_B.device) * batch.counted_B).sum()
         self._log_rollout(batch.rollout, rewards, tokens)
+
+    def _position(self) -> Position:
+        position = super()._position()
+        if self._slices and self._inside_a_batch:
+            position.values["rollouts"] = rollout_buffer.values_of(self._slices)
+            position.tensors |= rollout_buffer.tensors_of(self._slices)
+        return position
+
+    def _go_on_from(self, position: Position) -> None:
+        super()._go_on_from(position)
+        if "rollouts" in position.values:
+            self._slices = rollout_buffer.restored(position.values["rollouts"], position.tensors)
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

@@ -24,11 +24,12 @@ from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.training.kl_weight import KLWeight
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
 from helpsteer_rloo.training.rloo_config import RLOOConfig
+from helpsteer_rloo.training.rloo_resume import ResumingRLOOTrainer
 from helpsteer_rloo.training.rollouts import AdvantageRule, Rewards, Rollout, Scores
 from helpsteer_rloo.training.scorer import RewardModelScorer
 
 
-class ScoredRLOOTrainer(trl.RLOOTrainer):
+class ScoredRLOOTrainer(ResumingRLOOTrainer):
     """TRL's `RLOOTrainer`, same arguments and configurations, with these differences.
 
     - A reward model, bare or with LoRA, that shares the policy's vocabulary and chat template is given the sampled ids
@@ -38,6 +39,7 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
     - The completions of a prompt stay together when a batch of rollouts is shuffled and split.
     - `missing_eos_penalty` is subtracted from the score of a completion that did not end by itself.
     - With `rollouts_dir`, every completion goes to a ledger.
+    - A run goes on exactly from a checkpoint of any step, also inside a batch of rollouts and in later epochs.
 
     Images, prompts that do not end with a user turn, and reward models with another vocabulary, chat template or head
     are left to TRL's own path, the reward models and images with one warning.
@@ -163,7 +165,7 @@ class ScoredRLOOTrainer(trl.RLOOTrainer):
         if not self._sampling_for_training or has_images(generation_batch):
             return super()._prepare_inputs(generation_batch)
         slices = cast(int, cast(trl.RLOOConfig, self.args).steps_per_generation)
-        if self._step % (slices * self.num_iterations) == 0 or not self._buffered_inputs:
+        if not self._inside_a_batch or not self._buffered_inputs:
             batch = shuffle_groups(self._generate_and_score_completions(generation_batch), self._group_size)
             self._buffered_inputs = split_tensor_dict(cast(dict[str, Tensor | None], batch), slices)
         return self._buffered_inputs[self._step % slices]

@@ -12,14 +12,14 @@ from helpsteer_rloo.preemption import Stopped, StopRequest, listening
 
 
 @contextmanager
-def stopping_on_request(trainer: Trainer, every: int = 1) -> Generator[None]:
-    """Within, a signal makes the trainer save and stop at the next step that is a multiple of `every`.
+def stopping_on_request(trainer: Trainer) -> Generator[None]:
+    """Within, a signal makes the trainer save and stop at the end of its step.
 
     Raises:
         Stopped: at the end, if that came before the last step.
     """
     with listening() as request:
-        callback = _Stop(request, every)
+        callback = _Stop(request)
         trainer.add_callback(callback)
         try:
             yield
@@ -31,13 +31,13 @@ def stopping_on_request(trainer: Trainer, every: int = 1) -> Generator[None]:
 
 
 class _Stop(TrainerCallback):
-    def __init__(self, request: StopRequest, every: int) -> None:
-        self._request, self._every = request, every
+    def __init__(self, request: StopRequest) -> None:
+        self._request = request
         self.stopped_at: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop, if any process was asked to."""
-        if state.global_step % self._every or state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
             return
         made = torch.tensor(float(self._request.made), device=args.device)
         if args.world_size > 1:  # all stop at the same step, or those that go on would wait for the others for ever

@@ -1,0 +1,85 @@
+"""Going on from a checkpoint as if training had never stopped: what transformers and TRL leave out of one."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Trainer
+
+
+@dataclass
+class Position:
+    """Where in its run a trainer stands: values for JSON, and tensors by name."""
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class ResumesExactly(Trainer):
+    """To be put before one of TRL's trainers: checkpoints of it also hold its `Position`, a file a process.
+
+    transformers keeps weights, optimizer, scheduler and random states, and so a run that goes on takes the same steps
+    where nothing else decides them. It forgets the sums behind the metrics that are logged next.
+    """
+
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        write_position(self._position_file(output_dir), self._position())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path, count = self._position_file(checkpoint), self.args.world_size
+        if path.exists():
+            self._go_on_from(read_position(path, self.args.device))
+        else:
+            warnings.warn(
+                f"{checkpoint} was not saved by {count} process{'es' if count > 1 else ''} of this tool. What was "
+                "trained stays, but random states and sampled rollouts do not go on where they were.",
+                stacklevel=2,
+            )
+
+    def _position_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"position-{self.args.process_index}-of-{self.args.world_size}.safetensors"
+
+    def _position(self) -> Position:
+        """What a checkpoint is to keep."""
+        values = {
+            "loss_since_logged": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "metrics": {name: list(found) for name, found in self._metrics["train"].items()},
+            "train_tokens": self._total_train_tokens,
+        }
+        return Position(values, {})
+
+    def _go_on_from(self, position: Position) -> None:
+        """Take over what a checkpoint kept."""
+        values = position.values
+        self._tr_loss = torch.tensor(values["loss_since_logged"], device=self.args.device)
+        self._globalstep_last_logged = values["last_logged"]
+        self._metrics["train"].update(values["metrics"])
+        self._total_train_tokens = values["train_tokens"]
+
+
+def write_position(path: Path, position: Position) -> None:
+    """Write a position as safetensors, its values in the header."""
+    copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in position.tensors.items()}
+    tensors = {name: copy.copy_(position.tensors[name]) for name, copy in copies.items()}  # which share no memory
+    save_file(tensors, path, metadata={"values": json.dumps(position.values)})
+
+
+def read_position(path: Path, device: torch.device) -> Position:
+    """Read a position, its tensors on the given device."""
+    with cast(Any, safe_open)(path, framework="pt", device=str(device)) as file:
+        names: list[str] = file.keys()
+        return Position(json.loads(file.metadata()["values"]), {name: file.get_tensor(name) for name in names})
