@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 PIP := "$(PY)" -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check bench clean FORCE
+.PHONY: help install demo test test-all check chaos bench clean FORCE
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +33,9 @@ check: $(STAMP) ## lint, format and types
 	@"$(PY)" -m ruff check .
 	@"$(PY)" -m ruff format --check .
 	@"$(PY)" -m pyright --pythonpath "$(PY)"
+
+chaos: $(STAMP) ## a small run killed again and again, against one that nobody disturbed (ARGS='--kills 40 --seed 1')
+	@"$(PY)" -m tests.chaos $(ARGS)
 
 bench: $(STAMP) ## the benchmarks
 	@if [ -f benchmarks/__main__.py ]; then "$(PY)" -m benchmarks $(ARGS); \

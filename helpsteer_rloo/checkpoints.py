@@ -4,9 +4,12 @@ A run that was killed while it saved, or whose disk was full or lost a block, go
 still as it was sealed.
 """
 
+import errno
 import hashlib
 import json
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from helpsteer_rloo.run_dir import write_json
@@ -65,6 +68,37 @@ def keep_newest(directory: Path, count: int, best: Path | None = None) -> None:
         if path not in kept and (best is None or path.resolve() != best.resolve()):
             (path / SEAL).unlink(missing_ok=True)  # first, so that a half removed one is not taken for whole
             shutil.rmtree(path)
+
+
+@contextmanager
+def full_disk_explained(directory: Path) -> Generator[None]:
+    """Within, checkpoints and models are written to a directory; if there is no room for one, say so, and tidy up.
+
+    Raises:
+        ValueError: there was none. The checkpoint that was being written is gone, the ones before it are there.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _tells_of_a_full_disk(error):
+            raise
+        for path in _by_step(directory):
+            if not (path / SEAL).exists():
+                shutil.rmtree(path)
+        newest, _ = newest_whole(directory)
+        behind = f"The checkpoint {newest} is good" if newest else "There is no checkpoint yet"
+        raise ValueError(
+            f"The disk is full: {directory} could not be written to ({str(error).strip().splitlines()[-1]}). {behind}. "
+            "Make room, or keep fewer checkpoints (--save_total_limit), and give the same command again."
+        ) from error
+
+
+def _tells_of_a_full_disk(error: Exception) -> bool:
+    """Each library has its own way to say so: an error number, that error's text, or torch's word on its archive."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    texts = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "inline_container.cc")
+    return any(text in str(error) for text in texts)
 
 
 def step_of(checkpoint: Path) -> int:

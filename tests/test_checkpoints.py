@@ -1,9 +1,11 @@
+import errno
 import json
 import os
 
 import pytest
+from safetensors import SafetensorError
 
-from helpsteer_rloo.checkpoints import SEAL, damage, keep_newest, newest_whole, seal, step_of
+from helpsteer_rloo.checkpoints import SEAL, damage, full_disk_explained, keep_newest, newest_whole, seal, step_of
 
 
 def checkpoint(directory, step, sealed=True):
@@ -92,3 +94,30 @@ def test_nothing_is_removed_before_anything_is_sealed(tmp_path):
     checkpoint(tmp_path, 1, sealed=False)
     keep_newest(tmp_path, 1)
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1141312 vs 1141204"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=[type(error).__name__ for error in FULL])
+def test_a_full_disk_is_named_and_what_is_half_written_goes(tmp_path, error):
+    checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2, sealed=False)
+    with (
+        pytest.raises(ValueError, match=r"The disk is full: .*checkpoint-1 is good\. Make room"),
+        full_disk_explained(tmp_path),
+    ):
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_other_errors_while_saving_pass(tmp_path):
+    checkpoint(tmp_path, 2, sealed=False)
+    with pytest.raises(RuntimeError, match="a bug"), full_disk_explained(tmp_path):
+        raise RuntimeError("a bug")
+    assert (tmp_path / "checkpoint-2").exists()

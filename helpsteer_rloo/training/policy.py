@@ -8,7 +8,6 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
@@ -19,12 +18,10 @@ from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS
-from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
+from helpsteer_rloo.training.running import save_final, train_to_the_end
 from helpsteer_rloo.training.scorer import RewardModelScorer
-from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
-from helpsteer_rloo.training.stopping import stopping_on_request
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
@@ -69,12 +66,11 @@ def train_policy(
         peft_config=setup.peft,
     )
     scorer.role = trainer.reward_role(own.reward_model_path, setup.base)
-    bad_steps = skip_bad_steps(trainer, own.max_bad_steps)
-    _train(trainer, own)
-    trainer.save_model(own.output_dir)
+    bad_steps = _train(trainer, own)
+    save_final(trainer)
     return {
         "steps": trainer.state.global_step,
-        "bad_steps": bad_steps.total,
+        "bad_steps": bad_steps,
         "episodes": trainer.state.global_step * _episodes_a_step(args, own),
         "prompts": dict(counts),
         "base": asdict(setup.base),
@@ -84,15 +80,15 @@ def train_policy(
     }
 
 
-def _train(trainer: RLOOTrainer, own: RLOOKnobs) -> None:
-    """Train from the newest whole checkpoint; rollouts behind it are discarded, since they are sampled again."""
-    checkpoint = checkpoint_to_go_on_from(own.output_dir)
-    seal_checkpoints(trainer)
-    if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
-        discard_rollouts_from(trainer.rollouts_dir, step_of(checkpoint) if checkpoint else 0)
+def _train(trainer: RLOOTrainer, own: RLOOKnobs) -> int:
+    """Train to the end; rollouts behind the checkpoint are discarded, since they are sampled again."""
+
+    def discard(step: int) -> None:
+        if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
+            discard_rollouts_from(trainer.rollouts_dir, step)
+
     try:
-        with stopping_on_request(trainer):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return train_to_the_end(trainer, own.max_bad_steps, discard)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise

@@ -16,12 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
-from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
-from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
-from helpsteer_rloo.training.stopping import stopping_on_request
+from helpsteer_rloo.training.running import save_final, train_to_the_end
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 
@@ -261,18 +259,14 @@ def train_reward_model(
         quantization_config=setup.quantization,
         peft_config=setup.peft,
     )
-    checkpoint = checkpoint_to_go_on_from(settings.own.output_dir)
-    seal_checkpoints(trainer)
-    bad_steps = skip_bad_steps(trainer, settings.own.max_bad_steps)
-    with stopping_on_request(trainer):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    bad_steps = train_to_the_end(trainer, settings.own.max_bad_steps)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     to_stored_dtype(model, setup.base.dtype)
-    trainer.save_model(settings.own.output_dir)
+    save_final(trainer)
     scores = score_sequences(model, probes, batch_size=1)
     return {
         "steps": trainer.state.global_step,
-        "bad_steps": bad_steps.total,
+        "bad_steps": bad_steps,
         "last_metrics": _last_metrics(trainer.state.log_history),
         "base": asdict(setup.base),
         "adapter": setup.peft is not None,

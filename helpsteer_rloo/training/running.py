@@ -1,0 +1,47 @@
+"""One run of a trainer, as both stages do it: from the newest whole checkpoint to the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import Trainer
+
+from helpsteer_rloo.checkpoints import full_disk_explained, step_of
+from helpsteer_rloo.training.bad_steps import skip_bad_steps
+from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
+from helpsteer_rloo.training.stopping import stopping_on_request
+
+
+def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int], object] = lambda step: None) -> int:
+    """Train from the newest whole checkpoint, with sealed checkpoints, skipping bad steps.
+
+    Args:
+        trainer: Any; its output directory is where checkpoints are.
+        max_bad_steps: Steps in a row whose gradient may be not finite.
+        begin: Called with the step that training goes on from, once that is known.
+
+    Returns:
+        The number of steps that were skipped.
+
+    Raises:
+        Stopped: a signal asked for that.
+        ValueError: there were too many bad steps in a row, or there is no room on the disk.
+    """
+    directory = str(trainer.args.output_dir)
+    checkpoint = checkpoint_to_go_on_from(directory)
+    seal_checkpoints(trainer)
+    bad_steps = skip_bad_steps(trainer, max_bad_steps)
+    begin(step_of(checkpoint) if checkpoint else 0)
+    with stopping_on_request(trainer), full_disk_explained(Path(directory)):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return bad_steps.total
+
+
+def save_final(trainer: Trainer) -> None:
+    """Save the model of a finished run where its checkpoints are.
+
+    Raises:
+        ValueError: there is no room for it on the disk.
+    """
+    directory = str(trainer.args.output_dir)
+    with full_disk_explained(Path(directory)):
+        trainer.save_model(directory)
