@@ -25,6 +25,7 @@ from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
+from helpsteer_rloo.training.sharding import save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
@@ -72,7 +73,7 @@ def train_policy(
     scorer.role = trainer.reward_role(own.reward_model_path, setup.base)
     bad_steps = skip_bad_steps(trainer, own.max_bad_steps)
     _train(trainer, own)
-    trainer.save_model(own.output_dir)
+    save_finished(trainer, own.output_dir)
     return {
         "steps": trainer.state.global_step,
         "bad_steps": bad_steps.total,
