@@ -4,7 +4,7 @@ Neither padding nor packing changes a result: scores are read at the last real t
 the padding id, so a sequence that ends in that id is scored where it ends.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,20 +82,41 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
 def packed_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int]) -> Tensor:
     """Final hidden states at some positions of one packed row, `[C, D]`.
 
-    The outermost module is called, so that wrappers (adapters, data parallelism) do their part; what it makes of the
-    hidden states is left aside.
-
     Args:
         model: A causal language model or sequence classifier that was given `use_shared_prefix`, however wrapped.
         row: Groups without padding.
         positions: C of them, some perhaps several times.
     """
+    return _from_hidden(model, row, positions, lambda hidden_CD: (hidden_CD,))[0]
+
+
+Read = Callable[[Tensor], tuple[Tensor, ...]]
+"""What is made of hidden states `[C, D]`."""
+
+
+def _from_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int], read: Read) -> tuple[Tensor, ...]:
+    """What `read` makes of the hidden states at some positions of one packed row.
+
+    The outermost module is called, so that wrappers (adapters, data parallelism) do their part, and `read` is called
+    at the end of its forward pass, in place of the model's own head: weights that are shared out over processes are
+    whole there, and those of the head are gathered again for the backward pass, since the result is that of the model.
+    """
     inner = base_model(model)
     body, device = body_of(inner), next(inner.parameters()).device
     filler = _filler(row) if device.type == "cpu" else Span(0, 0, ())
     causal = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
-    captured: list[Tensor] = []
-    handle = body.register_forward_hook(lambda _module, _inputs, output: captured.append(output.last_hidden_state))
+    places_C = torch.tensor(positions, dtype=torch.long, device=device)
+    states: list[Tensor] = []
+    results: list[tuple[Tensor, ...]] = []
+
+    def answer(*_: Any) -> tuple[Tensor, ...]:
+        results.append(read(states[0][0].index_select(0, places_C)))
+        return results[0]
+
+    handles = [
+        body.register_forward_hook(lambda _module, _inputs, output: states.append(output.last_hidden_state)),
+        model.register_forward_hook(answer, prepend=True),  # before FSDP's own, which takes the weights away
+    ]
     try:
         with packed_pass():
             model(
@@ -107,8 +128,9 @@ def packed_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int]) ->
                 **causal,
             )
     finally:
-        handle.remove()
-    return captured[0][0].index_select(0, torch.tensor(positions, dtype=torch.long, device=device))
+        for handle in handles:
+            handle.remove()
+    return results[0]  # not what the call returns, whose precision a wrapper may have lowered
 
 
 def _filler(row: PackedRow) -> Span:
@@ -119,8 +141,11 @@ def _filler(row: PackedRow) -> Span:
 
 def packed_scores(model: nn.Module, head: nn.Module, row: PackedRow) -> Tensor:
     """Score of each continuation of a row, read at its last token by a scalar head; `[B]`, float32 at least."""
-    hidden_BD = packed_hidden(model, row, row.last_positions)
-    return at_least_float32(head(hidden_BD.to(next(head.parameters()).dtype)))[:, 0]
+
+    def read(hidden_BD: Tensor) -> tuple[Tensor]:
+        return (at_least_float32(head(hidden_BD.to(next(head.parameters()).dtype)))[:, 0],)
+
+    return _from_hidden(model, row, row.last_positions, read)[0]
 
 
 def packed_log_probs(model: nn.Module, row: PackedRow, temperature: float = 1.0) -> TokenLogProbs:
@@ -128,10 +153,13 @@ def packed_log_probs(model: nn.Module, row: PackedRow, temperature: float = 1.0)
 
     Only those tokens go through the vocabulary head, in chunks.
     """
-    inner = base_model(model)
-    hidden_CD = packed_hidden(model, row, row.predicting_positions)
-    targets_C = torch.tensor(row.predicted_ids, device=hidden_CD.device)
-    return token_log_probs(hidden_CD, inner.get_output_embeddings(), targets_C, temperature)
+
+    def read(hidden_CD: Tensor) -> tuple[Tensor, Tensor]:
+        targets_C = torch.tensor(row.predicted_ids, device=hidden_CD.device)
+        found = token_log_probs(hidden_CD, base_model(model).get_output_embeddings(), targets_C, temperature)
+        return found.log_probs, found.entropies
+
+    return TokenLogProbs(*_from_hidden(model, row, row.predicting_positions, read))
 
 
 @torch.no_grad()

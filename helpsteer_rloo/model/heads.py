@@ -1,13 +1,16 @@
 """The vocabulary head on chosen positions: log-probabilities and entropies in chunks, never `[tokens, V]` at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from helpsteer_rloo.model.products import product
+from helpsteer_rloo.model.sharding import stock_type
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""
@@ -45,8 +48,10 @@ def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, tempe
         with torch.autocast(hidden_CD.device.type, enabled=False):
             values, entropies = _FrozenHead.apply(hidden_CD.to(weight.dtype), weight, targets_C, temperature)
         return TokenLogProbs(values, entropies)
+    # A head that FSDP shards on its own is gathered by its hooks; here it is whole, as `packed_log_probs` sees to.
+    multiply = head.forward if isinstance(head, FSDPModule) else head
     parts = [
-        checkpoint(_chunk_log_probs, part_CD, head, part_C, temperature, use_reentrant=False)
+        checkpoint(_chunk_log_probs, part_CD, multiply, part_C, temperature, use_reentrant=False)
         for part_CD, part_C in zip(hidden_CD.split(CHUNK), targets_C.split(CHUNK), strict=True)
     ]
     return TokenLogProbs(torch.cat([values for values, _ in parts]), torch.cat([entropies for _, entropies in parts]))
@@ -54,13 +59,13 @@ def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, tempe
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head is nothing but a frozen matrix, or no gradient is asked for."""
-    if type(head) is not nn.Linear or cast(Tensor | None, head.bias) is not None:
+    if stock_type(head) is not nn.Linear or cast(Tensor | None, head.bias) is not None:
         return False
     return not (head.weight.requires_grad and torch.is_grad_enabled())
 
 
 def _chunk_log_probs(
-    hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, temperature: float
+    hidden_CD: Tensor, head: Callable[[Tensor], Tensor], targets_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logits_CV = at_least_float32(head(hidden_CD)) / temperature
     log_probs_CV = logits_CV.log_softmax(-1)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -42,7 +43,7 @@ class BadSteps(TrainerCallback, ExportableState):
         """
         parameters = list(kwargs["model"].parameters())
         gradients = cast(list[Tensor], [p.grad for p in parameters if p.grad is not None])
-        if args.fp16 or not gradients or bool(torch.isfinite(get_total_norm(gradients))):
+        if args.fp16 or not gradients or _is_finite(gradients):
             self.in_a_row = 0
             return
         self.total += 1
@@ -57,6 +58,13 @@ class BadSteps(TrainerCallback, ExportableState):
                 "--learning_rate, or look at the rewards and rows of these steps; --max_bad_steps allows more."
             )
         warnings.warn(f"Step {step} is skipped: its gradient is not finite ({self.total} so far).", stacklevel=2)
+
+
+def _is_finite(gradients: list[Tensor]) -> bool:
+    norm = get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # weights shared out over processes: the norm of all parts
+        norm = norm.full_tensor()
+    return bool(torch.isfinite(norm))
 
 
 def skip_bad_steps(trainer: Trainer, most: int) -> BadSteps:

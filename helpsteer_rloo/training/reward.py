@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from helpsteer_rloo.config import RewardKnobs, Settings
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
+from helpsteer_rloo.model.sharding import is_sharded, whole_weights
+from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
@@ -125,7 +127,13 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         if batch is None:  # an evaluation, which takes no part in `get_batch_samples`
             batch = PairBatch(pack_pairs(inputs["pairs"], self._budget), 1 / len(inputs["pairs"]))
         rewards: list[Tensor] = []
-        loss = sum_over_rows(self, model, batch.rows, lambda row: self._row_loss(model, row, batch.weight, rewards))
+        loss = sum_over_rows(
+            self,
+            model,
+            batch.rows,
+            lambda row: self._row_loss(model, row, batch.weight, rewards),
+            lambda row: self._row_scores(model, row),
+        )
         rewards_P2 = torch.cat(rewards).float() if rewards else torch.zeros(0, 2, device=loss.device)
         self._unlogged.append((rewards_P2, sum(pairs.pair_tokens for pairs in batch.rows)))
         if not model.training or self.accelerator.sync_gradients:
@@ -136,8 +144,7 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         return loss, {"logits": torch.cat(rewards)[places.argsort()]}
 
     def _row_loss(self, model: Any, pairs: PairRow, weight: float, rewards: list[Tensor]) -> Tensor:
-        head = scalar_head(self.accelerator.unwrap_model(model))[1]
-        scores_B = packed_scores(model, head, pairs.row)
+        scores_B = self._row_scores(model, pairs.row)
         chosen_P, rejected_P = scores_B[pairs.chosen], scores_B[pairs.rejected]
         rewards.append(torch.stack([chosen_P, rejected_P], dim=1).detach())
         margins_P = chosen_P - rejected_P
@@ -148,6 +155,9 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         if centering is not None:
             losses_P = losses_P + centering * (chosen_P + rejected_P) ** 2
         return losses_P.sum() * weight
+
+    def _row_scores(self, model: Any, row: PackedRow) -> Tensor:
+        return packed_scores(model, scalar_head(self.accelerator.unwrap_model(model))[1], row)
 
     def _log_pairs(self) -> None:
         """TRL's metrics of one optimizer step over all processes, every pair with the same weight in the means.
@@ -263,7 +273,8 @@ def train_reward_model(
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     to_stored_dtype(model, setup.base.dtype)
     save_final(trainer)
-    scores = score_sequences(model, probes, batch_size=1)
+    with whole_weights(model):
+        scores = score_sequences(model, probes, batch_size=1)
     return {
         "steps": trainer.state.global_step,
         "bad_steps": bad_steps,
@@ -283,4 +294,10 @@ def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
 def to_stored_dtype(model: torch.nn.Module, dtype: str) -> None:
     """Round the head to the type in which stock loaders will hold it, so that saved and loaded scores agree."""
     _, head = scalar_head(model)
-    head.to(getattr(torch, dtype))
+    stored: torch.dtype = getattr(torch, dtype)
+    if not is_sharded(model):
+        head.to(stored)
+        return
+    with torch.no_grad():  # FSDP holds weights in the type that they were given to it in
+        for parameter in head.parameters():
+            parameter.copy_(parameter.to(stored))

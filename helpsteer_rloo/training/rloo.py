@@ -22,6 +22,7 @@ from helpsteer_rloo.model.roles import (
     without_reward,
 )
 from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed, supports_sampler
+from helpsteer_rloo.model.sharding import whole_weights
 from helpsteer_rloo.objectives import (
     LARGEST_GAP,
     clipped_policy_losses,
@@ -62,8 +63,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
     - Completions are sampled by the embedded sampler, prompts computed once, unless vLLM or a setting that only
       `generate` knows is asked for.
 
-    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and weights sharded
-    over processes are left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
+    Images, mixtures of experts with a balancing loss, architectures without shared-prefix attention and DeepSpeed are
+    left to TRL's passes, with one warning; `engine="trl"` leaves everything to them.
     """
 
     def __init__(
@@ -148,13 +149,14 @@ class RLOOTrainer(ScoredRLOOTrainer):
         first = self.accelerator.process_index * len(prompt_ids)
         seeds = [sequence_seed(args.seed, *place, first + index) for index in range(len(prompt_ids))]
         units = units_of(Rollout([], prompt_ids, [[0]] * len(prompt_ids), [], []), self._group_size)
-        drawn = sample_groups(
-            policy,
-            [unit.group.prompt_ids for unit in units],
-            [[seeds[place] for place in unit.places] for unit in units],
-            sampling,
-            rows=max(self._group_size, self.forward_batch_size or len(prompt_ids)),
-        )
+        with whole_weights(policy):
+            drawn = sample_groups(
+                policy,
+                [unit.group.prompt_ids for unit in units],
+                [[seeds[place] for place in unit.places] for unit in units],
+                sampling,
+                rows=max(self._group_size, self.forward_batch_size or len(prompt_ids)),
+            )
         self._drawn = [completion for completions in drawn for completion in completions]
         return [list(completion.ids) for completion in self._drawn]
 
@@ -171,6 +173,10 @@ class RLOOTrainer(ScoredRLOOTrainer):
             or self.min_p
             or self.repetition_penalty not in (None, 1.0)
         )
+
+    def _scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> Scores:
+        with whole_weights(self.accelerator.unwrap_model(self.model)):  # on which the reward model may stand
+            return super()._scores(inputs, rollout)
 
     # ---- the batch of rollouts --------------------------------------------------------------------------------------
 
@@ -255,7 +261,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
     def _pass(self, model: Any, units: Sequence[Unit]) -> Tensor:
         """Log-probabilities of all completions' tokens side by side, in the order of the batch; `[T]`."""
         groups: list[TokenGroup] = [unit.group for unit in units]
-        with self.accelerator.autocast():
+        with whole_weights(model), self.accelerator.autocast():
             found = group_log_probs(model, groups, self._budget, self.temperature)
         places = [place for unit in units for place in unit.places]
         values = dict(zip(places, (values for own in found for values in own), strict=True))
@@ -299,7 +305,13 @@ class RLOOTrainer(ScoredRLOOTrainer):
         """The clipped RLOO loss of a micro-batch, TRL's formula."""
         if not isinstance(inputs, TrainingSlice):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = sum_over_rows(self, model, inputs.rows, lambda row: self._row_loss(model, inputs, row))
+        loss = sum_over_rows(
+            self,
+            model,
+            inputs.rows,
+            lambda row: self._row_loss(model, inputs, row),
+            lambda row: packed_log_probs(model, row, self.temperature).log_probs,
+        )
         if not model.training or self.accelerator.sync_gradients:
             self._log_losses()
         batch = inputs.batch

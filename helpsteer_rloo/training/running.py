@@ -8,6 +8,7 @@ from transformers import Trainer
 from helpsteer_rloo.checkpoints import full_disk_explained, step_of
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
+from helpsteer_rloo.training.sharding import save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
 
 
@@ -37,11 +38,11 @@ def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int]
 
 
 def save_final(trainer: Trainer) -> None:
-    """Save the model of a finished run where its checkpoints are.
+    """Save the model of a finished run where its checkpoints are; to be called by all processes.
 
     Raises:
         ValueError: there is no room for it on the disk.
     """
     directory = str(trainer.args.output_dir)
     with full_disk_explained(Path(directory)):
-        trainer.save_model(directory)
+        save_finished(trainer, directory)

@@ -1,0 +1,39 @@
+"""What trainers need where FSDP2 shares the weights out over processes."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+
+def refuse_lone_loading(trainer: Trainer) -> None:
+    """Refuse a setting under which only one process of a machine reads weights from the disk.
+
+    Models that FSDP does not hold, such as a reward model of its own, would be nothing but noise on the others.
+
+    Raises:
+        ValueError: it is on.
+    """
+    if trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "Set fsdp_cpu_ram_efficient_loading to false, as configs/accelerate/fsdp2.yaml does. With it only the "
+            "first process of a machine loads weights, and models that FSDP does not hold are noise on the others."
+        )
+
+
+def most_of_all(trainer: Trainer, count: int) -> int:
+    """The largest of all processes' counts, and 1 at least."""
+    counts = trainer.accelerator.gather(torch.tensor([count], device=trainer.accelerator.device))
+    return max(1, int(cast(Tensor, counts).max().item()))
+
+
+def save_finished(trainer: Trainer, directory: str) -> None:
+    """Save the model with all its weights in the files that one process would write, to be called by all processes.
+
+    FSDP's checkpoints may be in parts; by that setting, which no checkpoint after this needs, nothing would be saved.
+    """
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(directory)
