@@ -157,7 +157,8 @@ def guarded(work: Callable[[], None]) -> None:
             traceback.print_exc()
         _fail(f"{type(error).__name__ + ': ' if isinstance(error, OSError) else ''}{error}", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; known by name, so that torch is not imported here
+        # torch's, known by name, so that torch is not imported here; on a CPU it has no class of its own for that
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         _fail(f"{error}\n{_OUT_OF_MEMORY}", 1)
     except KeyboardInterrupt:

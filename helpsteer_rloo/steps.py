@@ -112,7 +112,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.reload import check_reload
-        from helpsteer_rloo.model.loading import release
+        from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.reward import train_reward_model
 
         prepared = context.prepared
@@ -177,7 +177,8 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext) ->
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.cards import reward_model_card
         from helpsteer_rloo.evaluation.preference import judge, spread_sample, summarize
-        from helpsteer_rloo.model.loading import load_reward_model, release
+        from helpsteer_rloo.model.loading import load_reward_model
+        from helpsteer_rloo.model.memory import release
 
         model, record = load_reward_model(directory)
         judgements = judge(model, context.prepared.groups["validation"], batch_size)
@@ -207,7 +208,8 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.cards import policy_card
-        from helpsteer_rloo.model.loading import load_tokenizer, release
+        from helpsteer_rloo.model.loading import load_tokenizer
+        from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.policy import train_policy
 
         if judged_on:

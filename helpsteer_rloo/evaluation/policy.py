@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import group_log_probs, score_sequences
-from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load_reward_model, release
+from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load_reward_model
+from helpsteer_rloo.model.memory import release
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample
 from helpsteer_rloo.statistics import mean, proportion
 

@@ -1,7 +1,6 @@
 """Loading of tokenizers, policies and reward models, from a directory or the hub, with messages for users."""
 
 import dataclasses
-import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,10 +182,3 @@ def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 """What loading raises for weights that are missing, cut short, or of another shape than the configuration says."""
-
-
-def release() -> None:
-    """Give memory of deleted models back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """Models whose weights are shared out over processes by FSDP2, `torch.distributed.fsdp.fully_shard`.
 
 FSDP gathers the weights of a module for as long as its forward or backward pass takes, by hooks that all processes
-must come by equally often. Passes without a gradient need no such order: within `whole_weights`, a model is whole on every
-process, and ordinary.
+must come by equally often. Passes without a gradient need no such order: within `whole_weights`, a model is whole on
+every process, and ordinary.
 """
 
 from collections import OrderedDict

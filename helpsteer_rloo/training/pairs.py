@@ -25,15 +25,23 @@ class Pair:
 class PairRow:
     """A packed row with its pairs: their `places` in the batch, and those of their two among the row's continuations.
 
-    `pair_tokens` counts the tokens of the pairs' sequences one by one, what is shared as often as it stands in one.
+    `bundles` are what it was made of, one a group; `pair_tokens` counts the tokens of the pairs' sequences one by one,
+    what is shared as often as it stands in one.
     """
 
     row: PackedRow
+    bundles: tuple["_Bundle", ...]
     places: list[int]
     chosen: list[int]
     rejected: list[int]
     margins: list[float] | None
     pair_tokens: int
+
+    def halves(self) -> list["PairRow"]:
+        """Two rows with half of its groups each; none if it has one group."""
+        groups, middle = self.row.groups, len(self.row.groups) // 2
+        cuts = (slice(middle), slice(middle, None)) if middle else ()
+        return [_pair_row(self.bundles[cut], groups[cut]) for cut in cuts]
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def _pair_row(bundles: Sequence[_Bundle], groups: Sequence[TokenGroup]) -> PairR
     places = [place for bundle in bundles for place in bundle.places]
     margins = [pair.margin for pair in pairs if pair.margin is not None]
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    return PairRow(PackedRow(tuple(groups)), places, chosen, rejected, margins or None, tokens)
+    return PairRow(PackedRow(tuple(groups)), tuple(bundles), places, chosen, rejected, margins or None, tokens)
 
 
 class GroupSampler(Sampler[int]):

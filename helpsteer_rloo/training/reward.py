@@ -19,8 +19,9 @@ from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_seque
 from helpsteer_rloo.model.sharding import is_sharded, whole_weights
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.exact_resume import ResumesExactly
-from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing, sum_over_rows
+from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
+from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.running import save_final, train_to_the_end
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
@@ -71,19 +72,19 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
                 "Create the adapter with task_type='SEQ_CLS', or pass `peft_config` and let the trainer do so."
             )
 
-        self._budget = self._set_up_packing(kwargs.get("data_collator"))
+        self._passes = RowPasses(self, self._set_up_packing(kwargs.get("data_collator")))
 
-    def _set_up_packing(self, collator: Any) -> int | None:
-        """Use packed rows if the model and the arguments allow it, and say why not if they do not."""
+    def _set_up_packing(self, collator: Any) -> int:
+        """Use packed rows if the model and the arguments allow it, or say why not; most tokens in a row."""
         self._packed = False
         self._unlogged: list[tuple[Tensor, int]] = []
         ours = self.args if isinstance(self.args, RewardConfig) else None
         if ours and ours.engine == "trl":
-            return None
+            return 0
         obstacle = "a data collator of its own" if collator is not None else set_up_packing(self)
         if obstacle is not None:
             warnings.warn(f"Using TRL's own path: packed rows cannot be used with {obstacle}.", stacklevel=4)
-            return None
+            return 0
         self._packed, self.data_collator = True, collate_pairs
         return row_budget(self, ours.packed_tokens if ours else None)
 
@@ -112,7 +113,7 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         if not self._packed or not batches:
             return batches, items
         pairs: list[Pair] = [pair for batch in batches for pair in batch["pairs"]]
-        hands = deal(pack_pairs(pairs, self._budget), len(batches))
+        hands = deal(pack_pairs(pairs, self._passes.budget), len(batches))
         return [{"batch": PairBatch(rows, len(batches) / len(pairs))} for rows in hands], items
 
     # ---- loss -------------------------------------------------------------------------------------------------------
@@ -125,14 +126,14 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = inputs.get("batch")
         if batch is None:  # an evaluation, which takes no part in `get_batch_samples`
-            batch = PairBatch(pack_pairs(inputs["pairs"], self._budget), 1 / len(inputs["pairs"]))
-        rewards: list[Tensor] = []
-        loss = sum_over_rows(
-            self,
+            batch = PairBatch(pack_pairs(inputs["pairs"], self._passes.budget), 1 / len(inputs["pairs"]))
+        loss, rewards = self._passes.total(
             model,
-            batch.rows,
-            lambda row: self._row_loss(model, row, batch.weight, rewards),
-            lambda row: self._row_scores(model, row),
+            MicroBatch(
+                batch.rows,
+                lambda row: self._row_loss(model, row, batch.weight),
+                lambda row: self._row_scores(model, row),
+            ),
         )
         rewards_P2 = torch.cat(rewards).float() if rewards else torch.zeros(0, 2, device=loss.device)
         self._unlogged.append((rewards_P2, sum(pairs.pair_tokens for pairs in batch.rows)))
@@ -143,10 +144,10 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         places = torch.tensor([place for pairs in batch.rows for place in pairs.places], device=loss.device)
         return loss, {"logits": torch.cat(rewards)[places.argsort()]}
 
-    def _row_loss(self, model: Any, pairs: PairRow, weight: float, rewards: list[Tensor]) -> Tensor:
+    def _row_loss(self, model: Any, pairs: PairRow, weight: float) -> tuple[Tensor, Tensor]:
+        """The loss of a row's pairs, and their rewards `[P, 2]`, chosen and rejected."""
         scores_B = self._row_scores(model, pairs.row)
         chosen_P, rejected_P = scores_B[pairs.chosen], scores_B[pairs.rejected]
-        rewards.append(torch.stack([chosen_P, rejected_P], dim=1).detach())
         margins_P = chosen_P - rejected_P
         if pairs.margins is not None:
             margins_P = margins_P - torch.tensor(pairs.margins, device=margins_P.device)
@@ -154,7 +155,7 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         centering = cast(trl.RewardConfig, self.args).center_rewards_coefficient
         if centering is not None:
             losses_P = losses_P + centering * (chosen_P + rejected_P) ** 2
-        return losses_P.sum() * weight
+        return losses_P.sum() * weight, torch.stack([chosen_P, rejected_P], dim=1).detach()
 
     def _row_scores(self, model: Any, row: PackedRow) -> Tensor:
         return packed_scores(model, scalar_head(self.accelerator.unwrap_model(model))[1], row)

@@ -13,6 +13,7 @@ from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.drawing import widest_float
 from helpsteer_rloo.model.forward import group_log_probs, packed_log_probs, prepare_packed
 from helpsteer_rloo.model.loading import Base
+from helpsteer_rloo.model.memory import AtOnce
 from helpsteer_rloo.model.roles import (
     RewardRole,
     acting_as,
@@ -21,18 +22,18 @@ from helpsteer_rloo.model.roles import (
     load_shared_reward,
     without_reward,
 )
-from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed, supports_sampler
+from helpsteer_rloo.model.rollout import Completion, Sampling, sample_groups, sequence_seed, supports_sampler
 from helpsteer_rloo.model.sharding import whole_weights
 from helpsteer_rloo.objectives import (
-    LARGEST_GAP,
     clipped_policy_losses,
     kl_terms,
     truncated_weights,
     with_weighted_gradient,
 )
+from helpsteer_rloo.packing import token_count
 from helpsteer_rloo.training import rollout_buffer
 from helpsteer_rloo.training.exact_resume import Position
-from helpsteer_rloo.training.packed import row_budget, set_up_packing, sum_over_rows
+from helpsteer_rloo.training.packed import row_budget, set_up_packing
 from helpsteer_rloo.training.rloo_config import RLOOConfig
 from helpsteer_rloo.training.rloo_scoring import ScoredRLOOTrainer, gathered, has_images
 from helpsteer_rloo.training.rollouts import (
@@ -50,6 +51,8 @@ from helpsteer_rloo.training.rollouts import (
     sums_by_completion,
     units_of,
 )
+from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
+from helpsteer_rloo.training.row_stats import RowStats, metrics_of, row_stats, summed, with_gaps
 
 __all__ = ["RLOOConfig", "RLOOTrainer"]
 
@@ -72,19 +75,17 @@ class RLOOTrainer(ScoredRLOOTrainer):
     ) -> None:
         """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this project's."""
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        self._budget = self._set_up_packing()
+        self._passes = RowPasses(self, self._set_up_packing())
         self._slices: list[TrainingSlice] = []
-        self._widest_gap = torch.zeros((), device=self.accelerator.device)
-        self._unlogged = torch.zeros(
-            len(_STATS), dtype=widest_float(self.accelerator.device), device=self.accelerator.device
-        )
+        self._unlogged: list[RowStats] = []
+        self._sampled_at_once, self._computed_at_once = AtOnce(), AtOnce()
 
-    def _set_up_packing(self) -> int | None:
-        """Use packed rows if the model and the arguments allow it, and say why not if they do not."""
+    def _set_up_packing(self) -> int:
+        """Use packed rows if the model and the arguments allow it, or say why not; most tokens in a row."""
         self._packed = False
         ours = self.args if isinstance(self.args, RLOOConfig) else None
         if ours and ours.engine == "trl":
-            return None
+            return 0
         obstacle = "images" if self._is_vlm else "a balancing loss of experts" if self.aux_loss_enabled else None
         args = cast(Any, self.args)
         if args.steps_per_generation % args.gradient_accumulation_steps:
@@ -93,7 +94,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if obstacle is not None:
             self._refuse_packed_only(obstacle)
             self._fall_back(f"packed rows cannot be used with {obstacle}")
-            return None
+            return 0
         if self.ref_model is not None:
             prepare_packed(cast(nn.Module, self.ref_model))
         self._packed = True
@@ -149,14 +150,14 @@ class RLOOTrainer(ScoredRLOOTrainer):
         first = self.accelerator.process_index * len(prompt_ids)
         seeds = [sequence_seed(args.seed, *place, first + index) for index in range(len(prompt_ids))]
         units = units_of(Rollout([], prompt_ids, [[0]] * len(prompt_ids), [], []), self._group_size)
+        prompts = [unit.group.prompt_ids for unit in units]
+        seeds_of = [[seeds[place] for place in unit.places] for unit in units]
+
+        def run(rows: int) -> list[list[Completion]]:
+            return sample_groups(policy, prompts, seeds_of, sampling, rows=rows)
+
         with whole_weights(policy):
-            drawn = sample_groups(
-                policy,
-                [unit.group.prompt_ids for unit in units],
-                [[seeds[place] for place in unit.places] for unit in units],
-                sampling,
-                rows=max(self._group_size, self.forward_batch_size or len(prompt_ids)),
-            )
+            drawn = self._sampled_at_once.run(run, max(self._group_size, self.forward_batch_size or len(prompt_ids)), 1)
         self._drawn = [completion for completions in drawn for completion in completions]
         return [list(completion.ids) for completion in self._drawn]
 
@@ -185,7 +186,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
             return super()._prepare_inputs(generation_batch)
         if not self._sampling_for_training:
             batch = self._rolled_out(generation_batch, fresh=False)
-            rows = rows_of(units_of(batch.rollout, self._group_size), self._budget)
+            rows = rows_of(units_of(batch.rollout, self._group_size), self._passes.budget)
             return TrainingSlice(batch, rows, 1 / len(batch.rollout.prompts))
         args = cast(Any, self.args)
         per_generation, accumulation = args.steps_per_generation, args.gradient_accumulation_steps
@@ -193,7 +194,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
             once = self.num_iterations == 1 and per_generation == accumulation
             batch = self._rolled_out(generation_batch, fresh=once and not self.normalize_advantages)
             units = units_of(batch.rollout, self._group_size)
-            steps = shuffled_slices(units, max(1, per_generation // accumulation), accumulation, self._budget)
+            steps = shuffled_slices(units, max(1, per_generation // accumulation), accumulation, self._passes.budget)
             weight = per_generation / len(batch.rollout.prompts)
             self._slices = [TrainingSlice(batch, rows, weight) for step in steps for rows in step]
         return self._slices[self._step % per_generation]
@@ -249,7 +250,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
                 )
             return None, None
         columns = [[c.untruncated for c in rollout.drawn], [c.log_probs for c in rollout.drawn]]
-        device, dtype = self.accelerator.device, self._unlogged.dtype
+        device, dtype = self.accelerator.device, widest_float(self.accelerator.device)
         tokens = [torch.tensor([x for part in column for x in part], dtype=dtype, device=device) for column in columns]
         return tokens[0], tokens[1]
 
@@ -261,8 +262,12 @@ class RLOOTrainer(ScoredRLOOTrainer):
     def _pass(self, model: Any, units: Sequence[Unit]) -> Tensor:
         """Log-probabilities of all completions' tokens side by side, in the order of the batch; `[T]`."""
         groups: list[TokenGroup] = [unit.group for unit in units]
+
+        def run(tokens: int) -> list[list[Tensor]]:
+            return group_log_probs(model, groups, tokens, self.temperature)
+
         with whole_weights(model), self.accelerator.autocast():
-            found = group_log_probs(model, groups, self._budget, self.temperature)
+            found = self._computed_at_once.run(run, self._passes.budget, max(map(token_count, groups)))
         places = [place for unit in units for place in unit.places]
         values = dict(zip(places, (values for own in found for values in own), strict=True))
         return torch.cat([values[place] for place in sorted(values)])
@@ -305,22 +310,26 @@ class RLOOTrainer(ScoredRLOOTrainer):
         """The clipped RLOO loss of a micro-batch, TRL's formula."""
         if not isinstance(inputs, TrainingSlice):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = sum_over_rows(
-            self,
+        loss, found = self._passes.total(
             model,
-            inputs.rows,
-            lambda row: self._row_loss(model, inputs, row),
-            lambda row: packed_log_probs(model, row, self.temperature).log_probs,
+            MicroBatch(
+                inputs.rows,
+                lambda row: self._row_loss(model, inputs, row),
+                lambda row: packed_log_probs(model, row, self.temperature).log_probs,
+            ),
         )
+        self._unlogged += found
         if not model.training or self.accelerator.sync_gradients:
             self._log_losses()
         batch = inputs.batch
+        batch.awaited -= sum(len(row.places) for row in inputs.rows)
         if batch.old_T is None and batch.awaited == 0:
             kl_B = None if batch.kl_B is None else gathered(batch.kl_B)  # the last micro-batch of a step: never empty
             self._finish(batch, self._rule.rewards(batch.scores, kl_B))
         return loss
 
-    def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow) -> Tensor:
+    def _row_loss(self, model: nn.Module, inputs: TrainingSlice, row: RolloutRow) -> tuple[Tensor, RowStats]:
+        """The loss of a row, and what is counted; in a `fresh` batch its advantages are filled in on the way."""
         batch, lengths = inputs.batch, lengths_of(row.row)
         with self.accelerator.autocast():  # for the vocabulary head, which stands outside the model's forward
             found = packed_log_probs(model, row.row, self.temperature)
@@ -337,12 +346,11 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if self.kl_in == "loss" and known.reference_T is not None:
             terms_T = kl_terms(found.log_probs, known.reference_T, self.kl_estimator)
             losses_B = losses_B + batch.kl_coef * sums_by_completion(terms_T, lengths) * counted_B
-        with torch.no_grad():
-            entropy_B = sums_by_completion(found.entropies, lengths) * counted_B
-            tokens_B = torch.tensor(lengths, device=places.device) * counted_B
-            self._count_clipped(log_ratio_B.exp(), advantage_B, entropy_B.sum(), tokens_B.sum())
-            self._count_gaps(known)
-        return losses_B.sum() * inputs.weight
+        tokens_B = torch.tensor(lengths, device=places.device) * counted_B
+        entropy_B = sums_by_completion(found.entropies, lengths) * counted_B
+        clip = (self.epsilon_low, self.epsilon_high)
+        stats = row_stats(log_ratio_B.exp(), advantage_B, entropy_B, tokens_B, clip)
+        return losses_B.sum() * inputs.weight, with_gaps(stats, known)
 
     def _log_ratios(self, log_probs_T: Tensor, known: KnownTokens, lengths: Sequence[int]) -> Tensor:
         """Log of the probability ratio of each completion to the policy that sampled it, `[B]`.
@@ -368,42 +376,16 @@ class RLOOTrainer(ScoredRLOOTrainer):
         advantage_B = self._rule.rewards(own, kl_B).advantage_B
         batch.advantage_B = batch.advantage_B.to(advantage_B.dtype)
         batch.advantage_B[places] = advantage_B
-        batch.awaited -= len(places)
-
-    def _count_clipped(self, ratio_B: Tensor, advantage_B: Tensor, entropy: Tensor, tokens: Tensor) -> None:
-        low_B = (ratio_B < 1 - self.epsilon_low) & (advantage_B < 0)
-        high_B = (ratio_B > 1 + self.epsilon_high) & (advantage_B > 0)
-        counts = {"entropy": entropy, "tokens": tokens, "low": low_B.sum(), "high": high_B.sum()}
-        for name, value in {**counts, "completions": len(ratio_B)}.items():
-            self._unlogged[_STATS.index(name)] += value
-
-    def _count_gaps(self, known: KnownTokens) -> None:
-        """How far the sampler's log-probabilities are from the trainer's, of the same tokens under the same policy."""
-        if known.sampler_T is None:
-            return
-        gaps_T = (known.old_T - known.sampler_T).abs().to(self._unlogged.dtype)
-        for name, value in {"gap": gaps_T.sum(), "gaps": len(gaps_T), "wide": (gaps_T > LARGEST_GAP).sum()}.items():
-            self._unlogged[_STATS.index(name)] += value
-        self._widest_gap = torch.maximum(self._widest_gap, gaps_T.max().float())
 
     def _log_losses(self) -> None:
-        """TRL's metrics of one optimizer step over all processes, every completion with the same weight."""
-        totals = dict(zip(_STATS, cast(Tensor, self.accelerator.reduce(self._unlogged)).tolist(), strict=True))
-        self._unlogged = torch.zeros_like(self._unlogged)
+        """Take the metrics of one optimizer step, over all processes."""
+        stats = summed(self._unlogged, self.accelerator.device)
+        self._unlogged = []
+        sums = cast(Tensor, self.accelerator.reduce(stats.sums)).tolist()
+        widest = gathered(stats.widest_gap[None]).max().item()
         metrics: Mapping[str, list[float]] = self._current_metrics
-        metrics["entropy"].append(totals["entropy"] / max(totals["tokens"], 1.0))
-        for side in ("low", "high"):
-            metrics[f"clip_ratio/{side}_mean"].append(totals[side] / totals["completions"])
-        metrics["clip_ratio/region_mean"].append((totals["low"] + totals["high"]) / totals["completions"])
-        widest = gathered(self._widest_gap[None]).max().item()
-        self._widest_gap = torch.zeros_like(self._widest_gap)
-        if totals["gaps"]:
-            metrics["sampler_gap/mean"].append(totals["gap"] / totals["gaps"])
-            metrics["sampler_gap/max"].append(widest)
-            metrics[f"sampler_gap/over_{LARGEST_GAP}"].append(totals["wide"] / totals["gaps"])
-
-
-_STATS = ("entropy", "tokens", "low", "high", "completions", "gap", "gaps", "wide")
+        for name, value in metrics_of(sums, widest).items():
+            metrics[name].append(value)
 
 
 def _columns(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -90,6 +90,14 @@ class RolloutRow:
     row: PackedRow
     places: list[int]
 
+    def halves(self) -> list["RolloutRow"]:
+        """Two rows with half of its groups each; none if it has one group."""
+        groups = self.row.groups
+        middle = len(groups) // 2
+        cut = sum(len(group.continuation_ids) for group in groups[:middle])
+        parts = ((groups[:middle], self.places[:cut]), (groups[middle:], self.places[cut:]))
+        return [RolloutRow(PackedRow(own), places) for own, places in parts] if middle else []
+
 
 @dataclass
 class TrainingBatch:
@@ -100,7 +108,7 @@ class TrainingBatch:
     computed it; `drawn_T` under the distribution that was drawn from, after truncation. The sampler's are None where it
     does not tell. `old_T` is None where the training pass itself yields it, which it does if every completion is
     trained on once; KL, and with it rewards and advantages, are then filled in as the rows pass, and `awaited` counts
-    the completions that have not. `kl_coef` is the weight of KL for this batch.
+    the completions whose micro-batch has not. `kl_coef` is the weight of KL for this batch.
     """
 
     rollout: Rollout

@@ -2,9 +2,11 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.memory import AtOnce
 from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.reward_functions import MODEL_REWARD
 
@@ -24,6 +26,7 @@ class RewardModelScorer:
         `max_length` is the longest sequence it was trained on, in tokens.
         """
         self.role, self.batch_size, self.max_length = role, batch_size, max_length
+        self._at_once = AtOnce()
         self.__name__ = name
 
     def __call__(
@@ -49,4 +52,5 @@ class RewardModelScorer:
             for prompt, same in itertools.groupby(pairs, key=lambda pair: pair[0])
         ]
         whole = max(self.batch_size, *(len(group.continuation_ids) for group in groups))  # cut, it would cost more
-        return [score for scores in self.role.score(groups, whole) for score in scores]
+        scored = self._at_once.run(partial(self.role.score, groups), whole, 1)
+        return [score for scores in scored for score in scores]
