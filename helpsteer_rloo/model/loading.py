@@ -81,6 +81,8 @@ _COPY_AGAIN = "Copy the model's directory again, with all of its files."
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return f"The {what} {name!r} comes with code of its own. If you trust it, give --trust_remote_code true."
     return (
         f"Could not fetch the {what} {name!r}: {reason}\n"
         "Check the name and the network, or pass a directory that holds the model: --model_name_or_path PATH."
