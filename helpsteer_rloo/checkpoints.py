@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from helpsteer_rloo.run_dir import write_json
 
@@ -24,8 +24,7 @@ def seal(checkpoint: Path) -> None:
     Raises:
         OSError: they cannot be read, or the record not written.
     """
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
-    write_json(checkpoint / SEAL, {str(path.relative_to(checkpoint)): _identity(path) for path in files})
+    write_json(checkpoint / SEAL, {name: _identity(checkpoint / name) for name in sorted(_files(checkpoint))})
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -34,12 +33,16 @@ def damage(checkpoint: Path) -> str | None:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         for name, identity in sealed.items():
             path = checkpoint / name
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                return f"{name} is not in it"
             if path.stat().st_size != identity["bytes"] or _identity(path) != identity:
                 return f"{name} is not what was saved"
+        for name in sorted(_files(checkpoint) - sealed.keys()):
+            return f"{name} was not saved with it"
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
         return "it was not finished" if name == SEAL else f"{name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"it cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -109,6 +112,11 @@ def step_of(checkpoint: Path) -> int:
 def _by_step(directory: Path) -> list[Path]:
     named = [path for path in directory.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
     return sorted(named, key=step_of)
+
+
+def _files(checkpoint: Path) -> set[str]:
+    files = (path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if path != Path(SEAL)}
 
 
 def _identity(path: Path) -> dict[str, int | str]:

@@ -1,17 +1,29 @@
 """Checks of settings against each other, made before any work: a mistake must not come out after hours of training."""
 
 import importlib.util
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from helpsteer_rloo.config import PipelineSettings, RLOOKnobs, Settings
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
+from helpsteer_rloo.reward_record import DTYPES
 
 MINIMUM_ROOM = 8
 """A prompt must leave at least 1 / MINIMUM_ROOM of the length limit for the response."""
 
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r")
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha",
+    "save_total_limit",
+)  # fmt: skip
+_AT_LEAST_ZERO = ("seed", "weight_decay", "max_grad_norm")
+_LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+_TRACKERS = ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "codecarbon", "neptune", "dvclive")
+"""Of what `--report_to` takes, those whose package has the same name."""
+_LARGEST_SEED = 2**32 - 1
+"""NumPy takes no larger one."""
 _POSITIVE = ("num_train_epochs", "learning_rate", "temperature", "save_steps")
 
 
@@ -21,15 +33,32 @@ def check_training(settings: Settings[Any]) -> None:
     Raises:
         ValueError: one is out of range, with what is expected.
     """
-    for names, lowest, expected in ((_AT_LEAST_ONE, 1, "at least 1"), (("seed",), 0, "0 or more")):
+    for names, lowest, expected in ((_AT_LEAST_ONE, 1, "at least 1"), (_AT_LEAST_ZERO, 0, "0 or more")):
         for name in names:
             value = settings.trl.get(name)
-            if isinstance(value, (int, float)) and value < lowest:
+            if isinstance(value, (int, float)) and not value >= lowest:
                 raise ValueError(f"--{name} is {value}; expected {expected}.")
     for name in _POSITIVE:
         value = settings.trl.get(name)
-        if isinstance(value, (int, float)) and not value > 0:
-            raise ValueError(f"--{name} is {value}; expected more than 0.")
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; expected more than 0{'' if value <= 0 else ', and finite'}.")
+    _check_choices(settings.trl)
+
+
+def _check_choices(trl: Mapping[str, Any]) -> None:
+    """Check values that TRL and transformers take without looking, to fail by them later."""
+    if trl.get("seed", 0) > _LARGEST_SEED:
+        raise ValueError(f"--seed is {trl['seed']}; expected at most {_LARGEST_SEED}.")
+    dtype, level = trl.get("dtype"), trl.get("log_level")
+    if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+    if level is not None and level not in _LOG_LEVELS:
+        raise ValueError(f"--log_level is {level!r}; expected one of {', '.join(_LOG_LEVELS)}.")
+    for tracker in trl.get("report_to") or ():
+        if tracker in _TRACKERS and importlib.util.find_spec(tracker) is None:
+            raise ValueError(f"--report_to {tracker} needs the package {tracker}, which is not installed here.")
+    if trl.get("bf16") and trl.get("fp16"):
+        raise ValueError("--bf16 and --fp16 exclude each other; give one of them or neither.")
 
 
 def check_rloo(settings: Settings[RLOOKnobs]) -> None:
@@ -44,6 +73,7 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
         raise ValueError(f"--top_p is {top_p}; expected more than 0 and at most 1.")
     if settings.trl.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise ValueError("--use_vllm needs the package vllm, which is not installed here: pip install vllm.")
+    _check_clip_range(settings.trl.get("reward_clip_range"))
     own, trl, processes = settings.own, settings.trl, process_count()
     load_reward_functions(own.reward_functions)
     check_reward_weights(own.reward_functions, cast(Any, trl.get("reward_weights")))
@@ -55,6 +85,12 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
             f"x {own.num_mini_batches} mini-batches x {processes} processes), which is no multiple of --rloo_k "
             f"{own.rloo_k}: change one of them, so that every prompt gets all of its samples."
         )
+
+
+def _check_clip_range(given: Any) -> None:
+    if given is not None and not (len(given) == 2 and given[0] < given[1]):
+        shown = " ".join(map(str, given))
+        raise ValueError(f"--reward_clip_range is {shown}; expected two numbers, the lower first.")
 
 
 def check_pipeline(settings: PipelineSettings) -> None:

@@ -152,7 +152,8 @@ def guarded(work: Callable[[], None]) -> None:
     except Stopped as stopped:
         print(f"\n{stopped} Give the same command again to go on.", file=sys.stderr)
         sys.exit(STOPPED)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        # The latter two: a flag of TRL's that needs a package which is not here, or that TRL refuses beside another.
         if os.environ.get("HELPSTEER_RLOO_DEBUG"):
             traceback.print_exc()
         _fail(f"{type(error).__name__ + ': ' if isinstance(error, OSError) else ''}{error}", 1)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Generic, Literal, TypeVar
 
 from helpsteer_rloo.flags import Flag, FlagValue, own_flags, trl_flags, unknown_name
@@ -44,6 +45,9 @@ class DataKnobs:
             "dataset_name",
             self.dataset_name,
             "a hub id, a directory ('.' is the current one) or a .jsonl, .jsonl.gz or .parquet file",
+        )
+        _require(
+            _stays_inside(self.dataset_subset), "dataset_subset", self.dataset_subset, "a folder inside the data set"
         )
         for name in ("language", "domains"):
             value = getattr(self, name)
@@ -97,6 +101,12 @@ class RewardKnobs(EngineKnobs):
     output_dir: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
     sample_predictions: int = _knob(8, "Held-out pairs to print with their scores after training.")
 
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        _require_directory("output_dir", self.output_dir)
+        _require(self.sample_predictions >= 0, "sample_predictions", self.sample_predictions, "0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOKnobs(EngineKnobs):
@@ -145,6 +155,8 @@ class RLOOKnobs(EngineKnobs):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("missing_eos_penalty", "kl_coef"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _require(getattr(self, name) < math.inf, name, getattr(self, name), "a finite number")
+        _require_directory("output_dir", self.output_dir)
         _require(self.cliprange > 0, "cliprange", self.cliprange, "more than 0")
         check_estimators(self, self.kl_coef)
         _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
@@ -186,6 +198,9 @@ class PipelineKnobs(EngineKnobs):
         if self.reward_model_only and self.rloo_only:
             raise ValueError("--reward_model_only and --rloo_only exclude each other; give one of them or neither.")
         _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
+        _require(_stays_inside(self.name), "name", self.name, "a name without .. for a directory inside of runs")
+        for name in ("output_dir", "reward_model_dir", "policy_dir"):
+            _require_directory(name, getattr(self, name))
 
 
 def check_estimators(given: Any, kl_coef: float) -> None:
@@ -213,6 +228,18 @@ def check_estimators(given: Any, kl_coef: float) -> None:
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise ValueError(f"--{name} is {value!r}; expected {expected}.")
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name, put behind a directory, leads to something inside of it."""
+    path = PurePath(name)
+    return path != PurePath() and not path.is_absolute() and ".." not in path.parts
+
+
+def _require_directory(flag: str, value: str | None) -> None:
+    """Refuse what has no name of its own: nothing at all, and the root."""
+    named = value is None or (value.strip() != "" and PurePath(value) != PurePath(PurePath(value).anchor or "\0"))
+    _require(named, flag, value, "a directory that can be made")
 
 
 Knobs = TypeVar("Knobs", bound=DataKnobs)
@@ -332,6 +359,7 @@ REWARD = CommandSpec(
     refused={
         "chat_template_path": "the chat template is the tokenizer's own.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+        "parallelism_config": "it comes from accelerate's own configuration: accelerate config.",
     },
 )
 
@@ -369,6 +397,7 @@ RLOO = CommandSpec(
         "do_eval": "the pipeline judges the policy after training, on held-out prompts.",
         "chat_template_kwargs": "the rendering is the reward model's; --thinking of reward training decides.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+        "parallelism_config": "it comes from accelerate's own configuration: accelerate config.",
         "restore_callback_states_from_checkpoint": "what a run goes on with is restored in any case.",
     },
 )

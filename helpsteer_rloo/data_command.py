@@ -27,6 +27,12 @@ class DataCommandKnobs(DataKnobs):
     output_dir: str | None = field(default=None, metadata={"help": "Also write data.json to this directory."})
     show: int = field(default=3, metadata={"help": "Number of pairs to print."})
 
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        if self.show < 0:
+            raise ValueError(f"--show is {self.show}; expected 0 or more.")
+
 
 DATA = CommandSpec(
     program="helpsteer-rloo data", description="Read, select and split a data set; report it.", knobs=DataCommandKnobs

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from helpsteer_rloo.checks import check_pipeline
 from helpsteer_rloo.config import PipelineSettings
 from helpsteer_rloo.data.demo import DemoBaseSettings, gold, write_rows
-from helpsteer_rloo.flags import read_yaml, unknown_name
+from helpsteer_rloo.flags import Flag, own_flags, read_yaml, unknown_name
 from helpsteer_rloo.parsing import pipeline_settings
 from helpsteer_rloo.pipeline import run_pipeline
 from helpsteer_rloo.stages import Stage
@@ -52,11 +52,13 @@ def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: 
     Raises:
         ValueError: an unknown key, or as `pipeline_settings`.
     """
-    world = dict(content.get("demo") or {})
-    rows, base = int(world.pop("rows", 8000)), dict(world.pop("base", {}))
-    known = [field.name for field in dataclasses.fields(DemoBaseSettings)]
-    for key in [*world, *(key for key in base if key not in known)]:
-        raise ValueError(f"{source}: demo: {unknown_name(key, ['rows', 'base', *known], 'key')}")
+    world = _mapping(content.get("demo"), f"{source}: demo")
+    base = _mapping(world.get("base"), f"{source}: demo: base")
+    flags = {flag.name: flag for flag in own_flags(DemoBaseSettings)}
+    for key in [*(key for key in world if key not in ("rows", "base")), *(key for key in base if key not in flags)]:
+        raise ValueError(f"{source}: demo: {unknown_name(str(key), ['rows', 'base', *flags], 'key')}")
+    rows = _value(_ROWS, world.get("rows", 8000), f"{source}: demo")
+    shape = {key: _value(flags[key], value, f"{source}: demo: base") for key, value in base.items()}
     rest = {key: value for key, value in content.items() if key != "demo"}
     directory = given.get("output_dir") or rest.get("output_dir") or "runs/demo"
     paths = {
@@ -66,7 +68,27 @@ def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: 
     }
     settings = pipeline_settings(rest, {**given, **paths}, source=source)
     check_pipeline(settings)
-    return DemoSettings(rows, DemoBaseSettings(**base), settings)
+    return DemoSettings(rows, DemoBaseSettings(**shape), settings)
+
+
+_ROWS = Flag("rows", "int", "8000", "Rows of the world.")
+_MAY_BE_ZERO = ("clean_steps", "mixed_steps")
+
+
+def _mapping(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping | None):
+        raise ValueError(f"{place}: expected a mapping, got {type(value).__name__}.")
+    return dict(cast("Mapping[str, Any]", value or {}))
+
+
+def _value(flag: Flag, value: Any, place: str) -> Any:
+    try:
+        number = flag.from_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {flag.name}: {error}") from None
+    if number < 0 or (number == 0 and flag.name not in _MAY_BE_ZERO):
+        raise ValueError(f"{place}: {flag.name} is {number}; expected more.")
+    return number
 
 
 def run_demo(settings: DemoSettings) -> None:

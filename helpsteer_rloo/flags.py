@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib.util
 import itertools
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ import yaml
 
 FlagValue = Any
 """What a flag can hold: a scalar, a list or a mapping, as YAML gives them."""
+
+_LONGEST_SHOWN = 200
 
 TRL_SOURCES = {
     "TrainingArguments": ("transformers", "training_args.py"),
@@ -66,6 +69,8 @@ class Flag:
         Raises:
             ValueError: the text does not fit the flag's type.
         """
+        if "\0" in text:
+            raise ValueError("holds a NUL, which is not text")
         alternatives = self.alternatives()
         if "None" in alternatives and not self.is_list() and text.lower() in ("none", "null"):
             return None
@@ -78,7 +83,7 @@ class Flag:
                 except ValueError:
                     continue
         if all(name in ("None", *_CONVERTERS) or _element(name) in _CONVERTERS for name in alternatives):
-            raise ValueError(f"expected {self.annotation}, got {text!r}")
+            raise ValueError(f"expected {self.annotation}, got {_shown(text)}")
         return text
 
     def from_yaml(self, value: FlagValue) -> FlagValue:
@@ -95,15 +100,21 @@ class Flag:
         elif isinstance(value, bool):
             fits = self.is_bool() or f"Literal[{value}]" in self.alternatives()
         elif isinstance(value, (list, tuple)):
-            if self.is_list():
+            if self.is_list() and not any(isinstance(part, (list, dict)) for part in value):
                 return [self.from_text(str(part)) for part in value]
             fits = False
         else:
             converted = self.from_text(str(value))
             return [converted] if self.is_list() and "str" not in self.alternatives() else converted
         if not fits:
-            raise ValueError(f"expected {self.annotation}, got {value!r}")
+            raise ValueError(f"expected {self.annotation}, got {_shown(value)}")
         return value
+
+
+def _shown(value: FlagValue) -> str:
+    """A value in a message: whole if it is short, since aliases of YAML can make it longer than the memory."""
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…"
 
 
 def _union_parts(node: ast.expr) -> list[ast.expr]:
@@ -123,9 +134,9 @@ def _element(annotation: str) -> str:
 
 def _yaml_value(text: str) -> FlagValue:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"expected YAML or JSON, got {text!r}") from None
+        return _load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"expected YAML or JSON, got {_shown(text)} ({error})") from None
 
 
 def _to_bool(text: str) -> bool:
@@ -138,7 +149,10 @@ def _to_bool(text: str) -> bool:
 
 
 def _to_int(text: str) -> int:
-    number = float(text)
+    try:
+        return int(text)  # not by way of a float, which has no room for all of a large number's digits
+    except ValueError:
+        number = float(text)
     if not number.is_integer():
         raise ValueError(f"expected a whole number, got {text!r}")
     return int(number)
@@ -150,7 +164,7 @@ _CONVERTERS: dict[str, Callable[[str], FlagValue]] = {"bool": _to_bool, "int": _
 def own_flags(knobs: type) -> list[Flag]:
     """The flags that a dataclass of `helpsteer_rloo.config` declares, in order."""
     return [
-        Flag(field.name, _annotation(field.type), str(field.default), str(field.metadata["help"]))
+        Flag(field.name, _annotation(field.type), str(field.default), str(field.metadata.get("help", "")))
         for field in dataclasses.fields(knobs)
     ]
 
@@ -233,7 +247,7 @@ class FlagParser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(argv)
         if rest:
             unknown = rest[0]
-            if not unknown.startswith("--"):
+            if not unknown.startswith("--") or not unknown.strip("-").partition("=")[0]:
                 self.error(f"unexpected argument {unknown!r}; flags are written --name value")
             self.error(self.explain_unknown(unknown[2:].split("=")[0], "flag"))
         return vars(known)
@@ -289,13 +303,38 @@ def read_yaml(path: Path) -> dict[str, FlagValue]:
         ValueError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read the configuration file: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping from flag names to values, got {type(content).__name__}.")
     return {str(key): value for key, value in content.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types alone, and no key twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, once its keys are found to differ."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_yaml(text: str) -> FlagValue:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a date that is none, a number of thousands of digits
+        raise ValueError(f"not valid YAML: {error}") from None

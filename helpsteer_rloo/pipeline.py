@@ -10,7 +10,8 @@ from helpsteer_rloo.config import DEFAULT_MODEL, DataKnobs, PipelineSettings, Re
 from helpsteer_rloo.console import results_table, say, show
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
-from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
+from helpsteer_rloo.reward_record import check_reward_model
+from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
 from helpsteer_rloo.stages import Stage, finished_stages, refuse_foreign, run_stages, seconds_by_stage
 from helpsteer_rloo.steps import (
     data_context,
@@ -60,14 +61,7 @@ def _only_process(run: RunDir) -> AbstractContextManager[None]:
 
 
 def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> None:
-    """Say at once, before any long work, when there is no reward model where one is expected."""
-    path = Path(settings.own.reward_model_path)
-    for name in (REWARD_MODEL_RECORD, HELDOUT_PROMPTS):
-        if not (path / name).exists():
-            raise ValueError(
-                f"{flag} {path}: no finished reward model there ({name} is missing). Train one with "
-                "reward_model_training.py, or give the directory of one that it trained."
-            )
+    check_reward_model(settings.own.reward_model_path, flag, trusted=bool(settings.trl.get("trust_remote_code")))
 
 
 def run_pipeline(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from helpsteer_rloo.checks import MINIMUM_ROOM
@@ -66,12 +67,12 @@ class Renderer:
             last = f"ends with a turn of the {messages[-1].role}" if messages else "is empty"
             raise ValueError(f"The prompt {last}; it must end with the user turn that is to be answered.")
         sentinel = _unused_character("".join(message.content for message in messages))
-        turns = [{"role": m.role, "content": self._split_controls(m.content, sentinel)} for m in messages]
-        text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
-        ids = self._encode(str(text).split(sentinel))
-        self._check_controls(ids, expected=len(self._control.findall(str(text))))
+        turns: list[dict[str, str]] = [
+            {"role": m.role, "content": self._split_controls(m.content, sentinel)} for m in messages
+        ]
+        text = self._apply_template(turns, add_generation_prompt=True)
+        ids = self._encode(text.split(sentinel))
+        self._check_controls(ids, expected=len(self._control.findall(text)))
         return tuple(ids)
 
     def continuation_ids(self, text: str, *, ended: bool) -> tuple[int, ...]:
@@ -121,13 +122,22 @@ class Renderer:
         """The control token that the template puts behind an assistant turn, or the tokenizer's end of sequence."""
         answer = chr(_PRIVATE_USE[0])
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, **self.template_kwargs))
+        text = self._apply_template(turns)
         after = self._encode([text.rpartition(answer)[2]])
         candidates = [token_id for token_id in after if token_id in self._control_ids]
         end = candidates[0] if candidates else self.tokenizer.eos_token_id
         if not isinstance(end, int):
             raise ValueError(f"The tokenizer of {self.tokenizer.name_or_path!r} has no token that ends a turn.")
         return end
+
+    def _apply_template(self, turns: list[dict[str, str]], **kwargs: Any) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **self.template_kwargs, **kwargs))
+        except TemplateError as error:
+            raise ValueError(
+                f"The chat template of {self.tokenizer.name_or_path!r} cannot be used for these turns "
+                f"({', '.join(turn['role'] for turn in turns)}): {error}"
+            ) from None
 
     def _split_controls(self, text: str, sentinel: str) -> str:
         """Put the sentinel behind the first character of every spelled-out control token."""

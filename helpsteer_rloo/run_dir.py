@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 REWARD_MODEL_RECORD = "reward_model.json"
 """In a reward model's directory: what it was trained on and how it scores. Its presence marks a finished model."""
@@ -20,6 +20,8 @@ HELDOUT_PROMPTS = "heldout_prompts.txt"
 POLICY_RECORD = "policy.json"
 """In a policy's directory: how it was trained. Its presence marks a finished policy."""
 
+
+_MEND = "delete it and run the command again."
 
 STAGE_MARKER = "stage.json"
 """In a directory that a stage owns: which execution of which stage made its content."""
@@ -100,8 +102,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; `None` if there is no such file.
+def read_json(path: Path, advice: str = _MEND) -> dict[str, Any] | None:
+    """Read a JSON object; `None` if there is no such file. `advice` says what to do about one that is damaged.
 
     Raises:
         ValueError: the file is not a JSON object.
@@ -110,11 +112,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run the command again.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object; delete it and run the command again.")
+        raise ValueError(f"{path} is damaged: expected a JSON object; {advice}")
     return content
+
+
+def read_record(path: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any] | None:
+    """Read a JSON object that has at least these keys with values of these types; `None` if there is no such file.
+
+    Raises:
+        ValueError: the file is not a JSON object, or one of its keys is missing or holds something else.
+    """
+    record = read_json(path)
+    for name, kind in kinds.items() if record is not None else ():
+        if not isinstance(cast(dict[str, Any], record).get(name), kind):
+            raise ValueError(f"{path} is damaged: its {name!r} is missing or of another type; {_MEND}")
+    return record
 
 
 def fingerprint(content: object) -> str:

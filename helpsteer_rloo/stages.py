@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.processes import is_main_process
-from helpsteer_rloo.run_dir import STAGE_MARKER, RunDir, fingerprint, read_json, set_aside, write_json
+from helpsteer_rloo.run_dir import STAGE_MARKER, RunDir, fingerprint, read_json, read_record, set_aside, write_json
 
 Say = Callable[[str], None]
+_STARTED: dict[str, type | tuple[type, ...]] = {"key": str, "inputs": dict}
+_FINISHED: dict[str, type | tuple[type, ...]] = {
+    **_STARTED,
+    "execution": str,
+    "outputs": dict,
+    "seconds": (int, float),
+}
+"""What the records of a stage that has begun, and of one that is finished, are made of."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,22 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
         key = _key(run, stage, needed)
         if not is_finished(run, stage, key):
             _run_one(run, stage, key, say)
-        outputs[stage.name] = (read_json(run.stage(stage.name)) or {})["outputs"]
+        outputs[stage.name] = (_finished(run, stage.name) or {})["outputs"]
     return outputs
 
 
 def seconds_by_stage(run: RunDir, names: Sequence[str]) -> dict[str, float]:
     """Seconds that each finished stage took when it ran."""
-    records = {name: read_json(run.stage(name)) for name in names}
+    records = {name: _finished(run, name) for name in names}
     return {name: record["seconds"] for name, record in records.items() if record}
+
+
+def _finished(run: RunDir, name: str) -> dict[str, Any] | None:
+    return read_record(run.stage(name), _FINISHED)
+
+
+def _started(run: RunDir, name: str) -> dict[str, Any] | None:
+    return read_record(run.stage_started(name), _STARTED)
 
 
 def _with_needs(stages: Sequence[Stage]) -> list[tuple[Stage, list[str]]]:
@@ -71,7 +87,7 @@ def _with_needs(stages: Sequence[Stage]) -> list[tuple[Stage, list[str]]]:
 
 def _key(run: RunDir, stage: Stage, needed: Sequence[str]) -> str:
     """Digest of a stage's inputs and of the results of the stages it needs."""
-    executions = [(read_json(run.stage(name)) or {}).get("execution") for name in needed]
+    executions = [(_finished(run, name) or {}).get("execution") for name in needed]
     return fingerprint([stage.name, _plain(stage.inputs), executions])
 
 
@@ -82,7 +98,7 @@ def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_finished(run: RunDir, stage: Stage, key: str) -> bool:
     """Whether the stage has run for these inputs, and what it left is there, from that very execution."""
-    record = read_json(run.stage(stage.name))
+    record = _finished(run, stage.name)
     if record is None or record["key"] != key or not all(path.exists() for path in stage.artefacts):
         return False
     if stage.directory is None:
@@ -101,7 +117,7 @@ def _changes(run: RunDir, stages: Sequence[Stage]) -> list[str]:
     messages = []
     listed = _with_needs(stages)
     for stage in stages:
-        record = read_json(run.stage(stage.name)) or read_json(run.stage_started(stage.name))
+        record = _finished(run, stage.name) or _started(run, stage.name)
         if record is None:
             continue
         old, new = record["inputs"], _plain(stage.inputs)
@@ -145,7 +161,7 @@ def _run_one(run: RunDir, stage: Stage, key: str, say: Say) -> None:
 
 def _begin(run: RunDir, stage: Stage, key: str, say: Say) -> bool:
     """Take possession of the stage's directory; return whether an interrupted execution is gone on with."""
-    started = read_json(run.stage_started(stage.name))
+    started = _started(run, stage.name)
     goes_on = started is not None and started["key"] == key
     if stage.directory is not None:
         owned = read_json(stage.directory / STAGE_MARKER) or {}

@@ -17,12 +17,19 @@ from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_functions import reward_functions_digest
+from helpsteer_rloo.reward_record import (
+    check_base_record,
+    check_reward_model,
+    read_heldout_prompts,
+    read_reward_record,
+)
 from helpsteer_rloo.run_dir import (
     HELDOUT_PROMPTS,
     POLICY_RECORD,
     REWARD_MODEL_RECORD,
     RunDir,
     read_json,
+    read_record,
     write_json,
     write_text,
 )
@@ -112,9 +119,11 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.reload import check_reload
+        from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.reward import train_reward_model
 
+        check_base(context.model, context.tokenizer, trust_remote_code=context.trust_remote_code)
         prepared = context.prepared
         probes = [list(g.sequence(i)) for g in prepared.groups["validation"] for i in range(2)][:PROBES]
         training = train_reward_model(
@@ -208,14 +217,18 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.cards import policy_card
-        from helpsteer_rloo.model.loading import load_tokenizer
+        from helpsteer_rloo.model.loading import check_base, load_tokenizer
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.policy import train_policy
 
+        trusted = bool(settings.trl.get("trust_remote_code"))
+        check_reward_model(settings.own.reward_model_path, "--reward_model_path", trusted=trusted)
         if judged_on:
             heldout_prompts(settings, context, judged_on)
+        revision = settings.trl.get("model_revision")
         other = model != context.model
-        tokenizer = load_tokenizer(model, settings.trl.get("model_revision")) if other else context.tokenizer
+        tokenizer = load_tokenizer(model, revision, trust_remote_code=trusted) if other else context.tokenizer
+        check_base(model, tokenizer, trust_remote_code=trusted)
         groups = context.prepared.corpus.groups
         training = train_policy(settings, tokenizer, groups["train"], groups["validation"])
         release()
@@ -265,11 +278,11 @@ def heldout_prompts(settings: Settings[RLOOKnobs], context: DataContext, most: i
     from helpsteer_rloo.data.preparation import rollout_prompts
 
     directory = Path(settings.own.reward_model_path)
-    record = read_json(directory / REWARD_MODEL_RECORD) or {}
+    record = read_reward_record(directory)
     if record["thinking"] != context.knobs.thinking:
         mode = "with" if record["thinking"] else "without"
         raise ValueError(f"The reward model in {directory} was trained {mode} --thinking; give the same setting here.")
-    keys = set((directory / HELDOUT_PROMPTS).read_text(encoding="utf-8").split())
+    keys = read_heldout_prompts(directory)
     split = context.prepared.corpus.groups["validation"]
     unseen = [group for group in split if prompt_key(group.prompt) in keys]
     counts = Counter({"seen_by_reward_model": len(split) - len(unseen)})
@@ -297,7 +310,9 @@ def evaluation_stage(
         from helpsteer_rloo.evaluation.policy import EvaluationKnobs, PolicyPair, evaluate_policy
         from helpsteer_rloo.model.loading import Base
 
-        record = read_json(Path(settings.own.output_dir) / POLICY_RECORD) or {}
+        path = Path(settings.own.output_dir) / POLICY_RECORD
+        record = read_record(path, {"base": dict, "adapter": bool}) or {}
+        check_base_record(path, record["base"])
         groups, counts = heldout_prompts(settings, context, own.evaluation_prompts)
         knobs = EvaluationKnobs(
             max_new_tokens=settings.own.response_length,

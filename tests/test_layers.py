@@ -31,6 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "processes",
             "provenance",
             "reward_functions",
+            "reward_record",
             "objectives",
             "statistics",
         }
@@ -52,6 +53,7 @@ LIGHT = frozenset(
         "config",
         "checks",
         "reward_functions",
+        "reward_record",
         "flags",
         "parsing",
         "run_dir",

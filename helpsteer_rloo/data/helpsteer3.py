@@ -25,6 +25,8 @@ _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 _BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
 """Whitespace, and the characters of no width, which `str.strip` leaves."""
 _LONGEST_VALUE = 40
+LONGEST_TEXT = 10_000_000
+"""Characters of the longest text that is taken: about 2.5 million tokens, which no model reads; more is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,8 @@ class _FieldReader:
         value = self.value(record, name, path)
         if not isinstance(value, str):
             raise self.bad(path + name, f"expected a string, got {type(value).__name__}")
+        if len(value) > LONGEST_TEXT:
+            raise self.bad(path + name, f"holds {len(value)} characters; expected at most {LONGEST_TEXT}")
         if _NOT_TEXT.search(value):
             raise self.bad(path + name, "holds a NUL or an unpaired surrogate, which is not text")
         return value
@@ -154,7 +158,7 @@ class _FieldReader:
             path = f"context[{number}]."
             role = self.text(turn, "role", path)
             if role not in get_args(Role):
-                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {role!r}")
+                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {_shown(role)}")
             messages.append(Message(role, self.text(turn, "content", path)))  # type: ignore[arg-type]
         return tuple(messages)
 

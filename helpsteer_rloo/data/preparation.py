@@ -97,7 +97,7 @@ def tokenize_groups(
 
 
 def _tokenize_group(group: PromptGroup, renderer: Renderer, knobs: DataKnobs, counts: FitCounts) -> list[TokenGroup]:
-    prompt_length = len(renderer.prompt_ids(group.prompt))
+    prompt_length = len(_rendered(group, renderer))
     continuations = [renderer.continuation_ids(c.text, ended=c.ended) for c in group.continuations]
     builders: dict[tuple[Message, ...], _Builder] = {}
     for preference in group.preferences:
@@ -124,6 +124,16 @@ def _tokenize_group(group: PromptGroup, renderer: Renderer, knobs: DataKnobs, co
         counts.response_cut += longest > room
         builders.setdefault(prompt, _Builder(prompt_ids)).add(preference, chosen, rejected)
     return [builder.build(prompt) for prompt, builder in builders.items()]
+
+
+def _rendered(group: PromptGroup, renderer: Renderer) -> tuple[int, ...]:
+    try:
+        return renderer.prompt_ids(group.prompt)
+    except ValueError as error:
+        rows = [preference.row for preference in group.preferences]
+        raise ValueError(
+            f"The prompt of row {min(rows, default=0)} (counted from 0) cannot be rendered. {error}"
+        ) from None
 
 
 @dataclass

@@ -4,17 +4,34 @@ import gzip
 import hashlib
 import json
 import re
+import reprlib
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.groups import Split
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0
+LONGEST_LINE = 64 << 20
+"""Bytes of the longest line that is read; a damaged archive can hold one that fills the memory."""
+
+_KINDS = {
+    b"\x1f\x8b": "a gzip archive",
+    b"PAR1": "a parquet file",
+    b"PK\x03\x04": "a zip archive",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""What a file is that begins with these bytes; no row in UTF-8 does."""
+
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on all common file systems."""
+
 _SPLIT_WORDS: dict[str, Split] = {
     "train": "train",
     "validation": "validation",
@@ -59,6 +76,8 @@ def locate(knobs: DataKnobs) -> list[RowFile]:
             cannot be reached.
     """
     path = Path(knobs.dataset_name)
+    if len(path.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
+        raise ValueError(f"--dataset_name {path.name[:40]}…: no such file or directory; no name is as long as this.")
     if path.is_file():
         if not path.name.endswith(ENDINGS):
             raise ValueError(f"{path}: unknown file type; expected one of {', '.join(ENDINGS)}.")
@@ -78,6 +97,9 @@ def locate(knobs: DataKnobs) -> list[RowFile]:
 
 def _paths_of_rows(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(ENDINGS) and not path.is_dir())
+    for path in paths:
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise ValueError(f"{path}: is no file of rows but a pipe or a device; move it away.")
     by_name: dict[str, list[str]] = {}
     for path in paths:
         ending = next(ending for ending in ENDINGS if path.name.endswith(ending))
@@ -148,26 +170,58 @@ def read_rows(file: RowFile) -> Iterator[RawRow]:
 def _read_lines(file: RowFile) -> Iterator[RawRow]:
     open_file = gzip.open if file.path.name.endswith(".gz") else open
     with open_file(file.path, "rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if raw.strip():
+        for line, raw in enumerate(_lines(cast(BinaryIO, stream)), start=1):
+            if line == 1:
+                _refuse_other_kinds(file.path, raw)
+            if len(raw) > LONGEST_LINE:
+                reason = f"longer than {LONGEST_LINE >> 20} MiB"
+                yield RawRow(file, line, BadRowError(str(file.path), line, "(row)", reason))
+            elif raw.strip():
                 yield RawRow(file, line, _parse(file, line, raw))
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream; of one that is longer than `LONGEST_LINE` the beginning, which is longer as well."""
+    while raw := stream.readline(LONGEST_LINE + 1):
+        rest = raw
+        while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_LINE + 1)
+        yield raw
+
+
+def _refuse_other_kinds(path: Path, first: bytes) -> None:
+    kind = next((kind for beginning, kind in _KINDS.items() if first.startswith(beginning)), None)
+    if kind is not None:
+        raise ValueError(
+            f"{path}: looks like {kind}, where its name promises JSON lines in UTF-8; rename it or convert it "
+            f"(names end in {', '.join(ENDINGS)})."
+        )
 
 
 def _parse(file: RowFile, line: int, raw: bytes) -> dict[str, Any] | BadRowError:
     try:
-        content = json.loads(raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8"))
+        text = raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8")
+        content = json.loads(text, object_pairs_hook=_without_doubles)
     except UnicodeDecodeError as error:
         return BadRowError(str(file.path), line, "(row)", f"not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         return BadRowError(
             str(file.path), line, "(row)", f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         )
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # a whole number of thousands of digits, or a field that stands there twice
         return BadRowError(str(file.path), line, "(row)", f"not JSON: {error}")
     except RecursionError:
         return BadRowError(str(file.path), line, "(row)", "not JSON: nested too deeply")
     if not isinstance(content, dict):
         return BadRowError(str(file.path), line, "(row)", f"expected an object, got {type(content).__name__}")
+    return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        double = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{reprlib.repr(double)} stands there twice in one object")
     return content
 
 
@@ -182,5 +236,5 @@ def _read_parquet(file: RowFile) -> Iterator[RawRow]:
             for content in batch.to_pylist():
                 line += 1
                 yield RawRow(file, line, content)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter two: no Python object for a value
         raise ValueError(f"{file.path}: not a readable parquet file: {error}") from None

@@ -17,6 +17,7 @@ def main(directory: str, ids_file: str, base_file: str) -> None:
 
     base = json.loads(Path(base_file).read_text(encoding="utf-8"))
     kwargs = {"num_labels": 1, "dtype": getattr(torch, base["dtype"]), "trust_remote_code": base["trust_remote_code"]}
+    kwargs["use_safetensors"] = True
     if base["quantization"]:
         kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(base["quantization"])
     if (Path(directory) / "adapter_config.json").exists():

@@ -37,7 +37,8 @@ def whole_weights(model: nn.Module | None) -> Generator[None]:
     Every process must enter, since the weights are exchanged there.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)] if model is not None else []
-    kept = [(cast(Any, shard), type(shard), shard._forward_hooks, shard._forward_pre_hooks) for shard in shards]
+    modules = [cast(Any, shard) for shard in shards]
+    kept = [(module, type(module), module._forward_hooks, module._forward_pre_hooks) for module in modules]
     try:
         for shard in shards:
             shard.unshard()

@@ -15,7 +15,8 @@ def refuse_lone_loading(trainer: Trainer) -> None:
     Raises:
         ValueError: it is on.
     """
-    if trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "Set fsdp_cpu_ram_efficient_loading to false, as configs/accelerate/fsdp2.yaml does. With it only the "
             "first process of a machine loads weights, and models that FSDP does not hold are noise on the others."

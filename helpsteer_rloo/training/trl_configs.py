@@ -59,7 +59,7 @@ def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> M
         quantization=quantization.to_dict() if quantization is not None else None,
     )
     kwargs = {"revision": base.revision or "main", "attn_implementation": config.attn_implementation}
-    kwargs |= {"dtype": base.dtype, **(args.model_init_kwargs or {})}
+    kwargs |= {"dtype": base.dtype, "use_safetensors": True, **(args.model_init_kwargs or {})}
     return ModelSetup(base, kwargs, get_peft_config(config), quantization)
 
 

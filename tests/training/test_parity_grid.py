@@ -1,4 +1,4 @@
-"""A grid of settings in which TRL's trainer is right: same prompts, completions and rewards, loss and gradients compared.
+"""A grid of settings in which TRL's trainer is right: same completions and rewards, same loss and gradients.
 
 `pytest tests/training/test_parity_grid.py -s` prints the number of settings and the worst errors.
 """

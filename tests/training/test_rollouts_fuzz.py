@@ -1,0 +1,97 @@
+"""Property tests of packing rollouts: nothing lost, nothing doubled, budgets kept, the same order again."""
+
+from collections import Counter
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpsteer_rloo.packing import token_count
+from helpsteer_rloo.training.pairs import GroupSampler, Pair, pack_pairs
+from helpsteer_rloo.training.rollouts import Rollout, rows_of, shuffled_slices, units_of
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
+prompts = st.lists(st.tuples(st.integers(0, 3), ids), min_size=1, max_size=16)
+budgets = st.none() | st.integers(1, 40)
+
+
+def rollout_of(entries):
+    """Completions of a few prompts; `entries` are a prompt's number and a completion."""
+    count = len(entries)
+    prompt_ids = [[number, 50] for number, _ in entries]
+    return Rollout([None] * count, prompt_ids, [own for _, own in entries], [None] * count, [True] * count, None)
+
+
+def completions(row):
+    return [tuple(own) for group in row.row.groups for own in group.continuation_ids]
+
+
+def check_rows(rows, rollout, budget):
+    for row in rows:
+        assert completions(row) == [tuple(rollout.completion_ids[place]) for place in row.places]
+        owners = [group.prompt_ids for group in row.row.groups for _ in group.continuation_ids]
+        assert owners == [tuple(rollout.prompt_ids[place]) for place in row.places]
+        tokens = sum(map(token_count, row.row.groups))
+        assert tokens == len(row.row.input_ids)
+        assert budget is None or tokens <= budget or len(row.row.groups) == 1
+
+
+@given(prompts, st.integers(1, 5), budgets)
+def test_rows_hold_every_completion_once_in_order_behind_its_own_prompt(entries, group_size, budget):
+    rollout = rollout_of(entries)
+    units = units_of(rollout, group_size)
+    assert all(len(unit.places) <= group_size for unit in units)
+    rows = rows_of(units, budget)
+    assert [place for row in rows for place in row.places] == list(range(len(entries)))
+    check_rows(rows, rollout, budget)
+
+
+@given(prompts, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), budgets, st.integers(0, 9))
+def test_shuffled_slices_hold_every_completion_once_as_evenly_as_they_can(
+    entries, group_size, steps, slices, budget, seed
+):
+    steps = min(steps, len(entries))
+    rollout = rollout_of(entries)
+    units = units_of(rollout, group_size)
+
+    def dealt():
+        torch.manual_seed(seed)
+        return shuffled_slices(units, steps, slices, budget)
+
+    hands = dealt()
+    assert len(hands) == steps
+    assert all(len(hand) == slices for hand in hands)
+    rows = [row for hand in hands for micro_batch in hand for row in micro_batch]
+    assert Counter(place for row in rows for place in row.places) == Counter(range(len(entries)))
+    check_rows(rows, rollout, budget)
+    counts = [sum(len(row.places) for rows in hand for row in rows) for hand in hands]
+    share, rest = divmod(len(entries), steps)
+    assert counts == [share] * (steps - 1) + [share + rest]
+    again = dealt()
+    assert [[[row.places for row in rows] for rows in hand] for hand in again] == [
+        [[row.places for row in rows] for rows in hand] for hand in hands
+    ]
+
+
+sequences = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
+pairs = st.builds(Pair, sequences, sequences, st.none(), st.none() | st.integers(0, 2))
+
+
+@given(st.lists(pairs, min_size=1, max_size=9), budgets)
+def test_rows_of_pairs_keep_to_their_budget_and_are_the_same_again(batch, budget):
+    rows = pack_pairs(batch, budget)
+    assert sorted(place for row in rows for place in row.places) == list(range(len(batch)))
+    for row in rows:
+        assert budget is None or len(row.row.input_ids) <= budget or len(row.row.groups) == 1
+    assert [row.places for row in pack_pairs(batch, budget)] == [row.places for row in rows]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(1, 6), st.integers(0, 99), st.integers(0, 3))
+def test_an_epoch_has_every_pair_once_in_an_order_of_seed_and_epoch_alone(groups, batch_size, seed, epoch):
+    def order():
+        sampler = GroupSampler(groups, batch_size, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order()) == list(range(len(groups)))
+    assert order() == order()
