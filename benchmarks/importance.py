@@ -1,10 +1,10 @@
 """What importance weights do about a sampler that is not the policy: the bias of RLOO's gradient, with intervals.
 
 `python -m benchmarks.importance`: a tiny Qwen3 is the policy; the sampler is the same model with noise on its weights,
-as an engine of lower precision would have, only more. Completions of two tokens at most can be gone through one by one, so
-that the gradient of the expected reward, and the bias without correction, are known exactly. Then `RLOOTrainer` itself
-takes many steps of no length on completions of that sampler. Measured is the mean of its gradients' error along the
-exact bias, in units of that bias: 1 is the bias of no correction, 0 is none.
+as an engine of lower precision would have, only more. Completions of two tokens at most can be gone through one by
+one, so that the gradient of the expected reward, and the bias without correction, are known exactly. Then `RLOOTrainer`
+itself takes many steps of no length on completions of that sampler. Measured is the mean of its gradients' error along
+the exact bias, in units of that bias: 1 is the bias of no correction, 0 is none.
 """
 
 import argparse
