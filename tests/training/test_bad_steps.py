@@ -27,13 +27,12 @@ class Weights(TrainerCallback):
 
 def spoiled(trainer, steps, factor=math.nan):
     """Let the losses of some steps be no numbers."""
-    compute = trainer.compute_loss
+    backward = trainer.accelerator.backward
 
-    def loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-        value = compute(model, inputs, num_items_in_batch=num_items_in_batch)
-        return value * factor if trainer.state.global_step in steps else value
+    def spoiled_backward(loss, **kwargs):
+        backward(loss * factor if trainer.state.global_step in steps else loss, **kwargs)
 
-    trainer.compute_loss = loss
+    trainer.accelerator.backward = spoiled_backward
     weights = Weights()
     trainer.add_callback(weights)
     return weights
