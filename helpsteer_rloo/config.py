@@ -127,6 +127,7 @@ class RLOOKnobs(EngineKnobs):
         8, "Completions sampled or scored at once; with the packed engine at least those of one prompt."
     )
     missing_eos_penalty: float = _knob(1.0, "Subtracted from the score of a completion that did not end by itself.")
+    length_penalty: float = _knob(0.0, "Subtracted from the score for every token of a completion.")
     kl_coef: float = _knob(0.05, "Weight of the KL divergence from the starting policy.")
     kl_estimator: str = _knob(
         "k1", "Estimate of KL at every token: 'k1' (unbiased), 'k2' or 'k3' (never negative), Schulman 2020."
@@ -153,7 +154,7 @@ class RLOOKnobs(EngineKnobs):
         )
         for name in ("total_episodes", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("missing_eos_penalty", "kl_coef"):
+        for name in ("missing_eos_penalty", "length_penalty", "kl_coef"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
             _require(getattr(self, name) < math.inf, name, getattr(self, name), "a finite number")
         _require_directory("output_dir", self.output_dir)

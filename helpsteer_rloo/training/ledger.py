@@ -15,9 +15,11 @@ class Entry:
     """One completion.
 
     `scores` holds each reward source's raw score, `None` where it gave none; `score` is their weighted, clipped sum.
-    reward = score - missing_eos_penalty - kl_coef * kl, and `advantage` is the reward's leave-one-out advantage in
-    its `group` (normalized, if the run normalizes). `kl` is the estimate summed over the completion's tokens, in nats;
-    `kl_coef` is 0 where KL stands in the loss. What is not finite, and so was not trained on, is `None`.
+    reward = score - missing_eos_penalty - length_penalty - kl_coef * kl, and `advantage` is the reward's leave-one-out
+    advantage in its `group` (normalized, if the run normalizes). `sampled_log_probs` has a value for each token, in
+    nats, under the distribution that it was drawn from; `None` if the sampler does not tell. `kl` is the estimate
+    summed over the completion's tokens, in nats; `kl_coef` is 0 where KL stands in the loss. What is not finite, and so
+    was not trained on, is `None`.
     """
 
     step: int
@@ -25,11 +27,13 @@ class Entry:
     index: int
     prompt_ids: list[int]
     completion_ids: list[int]
+    sampled_log_probs: list[float] | None
     text: str
     finish_reason: str
     scores: dict[str, float | None]
     score: float | None
     missing_eos_penalty: float
+    length_penalty: float
     kl: float | None
     kl_coef: float
     reward: float | None

@@ -171,6 +171,7 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         max_completion_length=own.response_length,
         chat_template_kwargs={"enable_thinking": record["thinking"]},
         missing_eos_penalty=own.missing_eos_penalty,
+        length_penalty=own.length_penalty,
         kl_estimator=own.kl_estimator,
         kl_in=own.kl_in,
         target_kl=own.target_kl,

@@ -53,6 +53,7 @@ from helpsteer_rloo.training.rollouts import (
 )
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.row_stats import RowStats, metrics_of, row_stats, summed, with_gaps
+from helpsteer_rloo.training.vllm import TellingVLLM
 
 __all__ = ["RLOOConfig", "RLOOTrainer"]
 
@@ -79,6 +80,10 @@ class RLOOTrainer(ScoredRLOOTrainer):
         self._slices: list[TrainingSlice] = []
         self._unlogged: list[RowStats] = []
         self._sampled_at_once, self._computed_at_once = AtOnce(), AtOnce()
+        if self.use_vllm:
+            self.vllm_generation = TellingVLLM(
+                cast(Any, self.vllm_generation), cast(Any, self.args), cast(list[int], self.eos_token_ids)
+            )
 
     def _set_up_packing(self) -> int:
         """Use packed rows if the model and the arguments allow it, or say why not; most tokens in a row."""
@@ -134,7 +139,9 @@ class RLOOTrainer(ScoredRLOOTrainer):
     ) -> list[list[int]]:
         policy = self.accelerator.unwrap_model(self.model)
         if not self._packed or images is not None or multimodal_fields or self._asks_for_generate:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            self._drawn = self.vllm_generation.drawn if self.use_vllm else None
+            return ids
         if not supports_sampler(policy):
             self._fall_back("this model cannot be sampled by the embedded sampler")
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
@@ -245,14 +252,17 @@ class RLOOTrainer(ScoredRLOOTrainer):
             if self.importance_correction != "none":
                 raise ValueError(
                     f"importance_correction={self.importance_correction!r} needs the log-probabilities that "
-                    "completions were sampled with, and only the embedded sampler tells them; use 'none' with vLLM and "
-                    "`generate`."
+                    "completions were sampled with; the embedded sampler and vLLM tell them, transformers' `generate` "
+                    "does not. Leave out the settings that only `generate` knows, or use 'none'."
                 )
             return None, None
-        columns = [[c.untruncated for c in rollout.drawn], [c.log_probs for c in rollout.drawn]]
         device, dtype = self.accelerator.device, widest_float(self.accelerator.device)
-        tokens = [torch.tensor([x for part in column for x in part], dtype=dtype, device=device) for column in columns]
-        return tokens[0], tokens[1]
+
+        def side_by_side(told: Sequence[tuple[float, ...]]) -> Tensor | None:
+            values = [value for part in told for value in part]
+            return torch.tensor(values, dtype=dtype, device=device) if len(values) == sum(rollout.lengths) else None
+
+        return side_by_side([c.untruncated for c in rollout.drawn]), side_by_side([c.log_probs for c in rollout.drawn])
 
     def _groups_are_whole(self, units: Sequence[Unit]) -> bool:
         whole = all(len(unit.places) == self._group_size for unit in units)
@@ -366,7 +376,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
     def _fill_in(self, batch: TrainingBatch, row: RolloutRow, known: KnownTokens) -> None:
         """Rewards and advantages of whole groups whose policy log-probabilities have just been computed."""
         places = torch.tensor(row.places, device=batch.counted_B.device)
-        own = Scores(*(self._local(values)[places] for values in _columns(batch.scores)))
+        first = self.accelerator.process_index * len(batch.counted_B)
+        own = batch.scores.of(first + places)
         kl_B = None
         if known.reference_T is not None:
             terms_T = kl_terms(known.old_T, known.reference_T, self.kl_estimator)
@@ -386,7 +397,3 @@ class RLOOTrainer(ScoredRLOOTrainer):
         metrics: Mapping[str, list[float]] = self._current_metrics
         for name, value in metrics_of(sums, widest).items():
             metrics[name].append(value)
-
-
-def _columns(scores: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return scores.by_source_BF, scores.unclipped_B, scores.score_B, scores.penalty_B

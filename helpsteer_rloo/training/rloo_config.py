@@ -9,7 +9,7 @@ from helpsteer_rloo.config import check_estimators
 
 @dataclass
 class RLOOConfig(trl.RLOOConfig):
-    """TRL's `RLOOConfig` and ten more settings; `beta` is the weight of KL wherever it stands."""
+    """TRL's `RLOOConfig` and eleven more settings; `beta` is the weight of KL wherever it stands."""
 
     engine: str = field(default="packed", metadata={"help": "'packed' rows with shared prompts, or 'trl': its own."})
     packed_tokens: int | None = field(
@@ -19,6 +19,9 @@ class RLOOConfig(trl.RLOOConfig):
 
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Subtracted from the score of a completion that did not end by itself."}
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted from the score for every token of a completion."}
     )
     rollout_forward_batch_size: int | None = field(
         default=None, metadata={"help": "Completions sampled or scored in one forward pass; default: all at once."}

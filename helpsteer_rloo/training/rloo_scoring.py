@@ -37,7 +37,8 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
       end of turn.) Reward functions receive the rendered prompts as `prompt_ids`, besides TRL's arguments.
     - Text of a prompt that spells a control token stays text.
     - The completions of a prompt stay together when a batch of rollouts is shuffled and split.
-    - `missing_eos_penalty` is subtracted from the score of a completion that did not end by itself.
+    - `missing_eos_penalty` is subtracted from the score of a completion that did not end by itself, and
+      `length_penalty` for each of its tokens.
     - With `rollouts_dir`, every completion goes to a ledger.
     - A run goes on exactly from a checkpoint of any step, also inside a batch of rollouts and in later epochs.
 
@@ -52,6 +53,7 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         ours = self.args if isinstance(self.args, RLOOConfig) else None
         self.missing_eos_penalty = ours.missing_eos_penalty if ours else 0.0
+        self.length_penalty = ours.length_penalty if ours else 0.0
         self.forward_batch_size = ours.rollout_forward_batch_size if ours else None
         self.rollouts_dir = Path(ours.rollouts_dir) if ours and ours.rollouts_dir else None
         self.kl_estimator, self.kl_in = (ours.kl_estimator, ours.kl_in) if ours else ("k1", "reward")
@@ -194,7 +196,8 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
     @property
     def _rule(self) -> AdvantageRule:
         in_reward = self.beta if self.kl_in == "reward" else 0.0
-        return AdvantageRule(in_reward, self._group_size, bool(self.normalize_advantages))
+        penalties = (self.missing_eos_penalty, self.length_penalty)
+        return AdvantageRule(in_reward, *penalties, self._group_size, bool(self.normalize_advantages))
 
     def _local(self, all_B: Tensor) -> Tensor:
         """This process's part of a tensor of all processes' values."""
@@ -247,15 +250,15 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
                 return old_BC, log_probs(self.model)
 
     def _scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> Scores:
-        """clip(sum of weighted scores), and the missing-EOS penalty, of all processes' completions."""
+        """clip(sum of weighted scores), and what penalties depend on, of all processes' completions."""
         device = self.accelerator.device
         with_ids = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, rollout.prompt_ids, strict=True)]
         by_source_BF = self._calculate_rewards(with_ids, rollout.prompts, rollout.completions, rollout.completion_ids)
         unclipped_B = (by_source_BF * self.reward_weights.to(device)).nansum(dim=1)
         unclipped_B[by_source_BF.isnan().all(dim=1)] = torch.nan
         score_B = unclipped_B.clamp(*self.reward_clip_range) if self.reward_clip_range else unclipped_B
-        unfinished_B = gathered(torch.tensor([not ended for ended in rollout.ended], device=device))
-        return Scores(by_source_BF, unclipped_B, score_B, self.missing_eos_penalty * unfinished_B.float())
+        told = [[float(not ended), float(length)] for ended, length in zip(rollout.ended, rollout.lengths, strict=True)]
+        return Scores(by_source_BF, unclipped_B, score_B, *gathered(torch.tensor(told, device=device)).unbind(1))
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
@@ -274,7 +277,7 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
         groups_PN = rewards.reward_B.view(-1, self._group_size)
         equal_P = (groups_PN - groups_PN[:, :1]).abs().nan_to_num(0.0).amax(1) < 1e-8
         metrics["frac_reward_zero_std"].append(equal_P.float().mean().item())
-        metrics["missing_eos"].append((scores.penalty_B > 0).float().mean().item())
+        metrics["missing_eos"].append(scores.unfinished_B.mean().item())
         metrics["objective"].append(rewards.reward_B.nanmean().item())
         self._log_tables(rollout, rewards)
         if self._sampling_for_training and self.rollouts_dir is not None:
@@ -305,18 +308,21 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
         pending.clear()
 
     def _write_ledger(self, rollout: Rollout, rewards: Rewards) -> None:
-        rows = gather_object(list(zip(rollout.prompt_ids, rollout.completion_ids, rollout.ended, strict=True)))
+        drawn = rollout.drawn or [None] * len(rollout.ended)
+        told = [None if sample is None else [round(value, 6) for value in sample.log_probs] for sample in drawn]
+        rows = gather_object(list(zip(rollout.prompt_ids, rollout.completion_ids, rollout.ended, told, strict=True)))
         if not self.accelerator.is_main_process or self.rollouts_dir is None:
             return
-        texts = self._tokenizer.batch_decode([ids for _, ids, _ in rows], skip_special_tokens=False)
+        texts = self._tokenizer.batch_decode([ids for _, ids, _, _ in rows], skip_special_tokens=False)
         kl = [None] * len(rows) if rewards.kl_B is None else rewards.kl_B.tolist()
-        columns = (rewards.scores.score_B, rewards.scores.penalty_B, rewards.reward_B, rewards.advantage_B)
+        scores, rule = rewards.scores, self._rule
+        columns = (scores.score_B, scores.unfinished_B, scores.length_B, rewards.reward_B, rewards.advantage_B)
         numbers = list(zip(*(column.tolist() for column in columns), kl, strict=True))
         entries = []
-        for place, ((prompt_ids, ids, ended), sources) in enumerate(
-            zip(rows, rewards.scores.by_source_BF.tolist(), strict=True)
+        for place, ((prompt_ids, ids, ended, log_probs), sources) in enumerate(
+            zip(rows, scores.by_source_BF.tolist(), strict=True)
         ):
-            score, penalty, reward, advantage, kl_value = numbers[place]
+            score, unfinished, length, reward, advantage, kl_value = numbers[place]
             entries.append(
                 Entry(
                     step=self.state.global_step,
@@ -324,13 +330,15 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
                     index=place % self._group_size,
                     prompt_ids=list(prompt_ids),
                     completion_ids=list(ids),
+                    sampled_log_probs=log_probs,
                     text=texts[place],
                     finish_reason="stop" if ended else "length",
                     scores=dict(zip(self.reward_func_names, map(number_or_none, sources), strict=True)),
                     score=number_or_none(score),
-                    missing_eos_penalty=penalty,
+                    missing_eos_penalty=rule.missing_eos_penalty * unfinished,
+                    length_penalty=rule.length_penalty * length,
                     kl=None if kl_value is None else number_or_none(kl_value),
-                    kl_coef=self._rule.beta,
+                    kl_coef=rule.beta,
                     reward=number_or_none(reward),
                     advantage=number_or_none(advantage),
                 )

@@ -1,6 +1,7 @@
 """A batch of rollouts in the midst of training, as a checkpoint keeps it."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.rollouts import Rollout, RolloutRow, Scores, TrainingBatch, TrainingSlice
 
-_SCORES = ("by_source_BF", "unclipped_B", "score_B", "penalty_B")
+_SCORES = tuple(column.name for column in fields(Scores))
 _TENSORS = ("counted_B", "reference_T", "old_T", "sampler_T", "drawn_T", "advantage_B", "kl_B")
 
 

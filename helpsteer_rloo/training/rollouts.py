@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from helpsteer_rloo.training.packed import deal
 class Rollout:
     """One local batch of sampled completions, B = P·N of them, those of a prompt next to each other.
 
-    `drawn` is what the embedded sampler says of them, with its log-probabilities; other samplers say nothing.
+    `drawn` is what the sampler says of them, with its log-probabilities; `generate` says nothing.
     """
 
     prompts: list[Any]
@@ -42,12 +42,20 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scores:
-    """What reward sources said of all processes' completions, `[B]`; NaN marks one that nothing could score."""
+    """What reward sources said of all processes' completions, `[B]`; NaN marks one that nothing could score.
+
+    `unfinished_B` is 1 for a completion that did not end by itself, else 0; `length_B` is its number of tokens.
+    """
 
     by_source_BF: Tensor
     unclipped_B: Tensor
     score_B: Tensor
-    penalty_B: Tensor
+    unfinished_B: Tensor
+    length_B: Tensor
+
+    def of(self, places: Tensor) -> "Scores":
+        """Those of some completions."""
+        return Scores(**{column.name: getattr(self, column.name)[places] for column in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -62,15 +70,18 @@ class Rewards:
 
 @dataclass(frozen=True)
 class AdvantageRule:
-    """How rewards and advantages follow from scores: the weight of KL in the reward, group size, normalization."""
+    """How rewards and advantages follow from scores: weights of penalties and of KL, group size, normalization."""
 
     beta: float
+    missing_eos_penalty: float
+    length_penalty: float
     group_size: int
     normalize: bool
 
     def rewards(self, scores: Scores, kl_B: Tensor | None) -> Rewards:
-        """Reward = score - penalty - beta * KL, then leave-one-out within each prompt."""
-        reward_B = penalized_rewards(scores.score_B, scores.penalty_B, kl_B, self.beta)
+        """Reward = score - penalties - beta * KL, then leave-one-out within each prompt."""
+        penalty_B = self.missing_eos_penalty * scores.unfinished_B + self.length_penalty * scores.length_B
+        reward_B = penalized_rewards(scores.score_B, penalty_B, kl_B, self.beta)
         advantage_PN = rloo_advantages(reward_B.view(-1, self.group_size), normalize=self.normalize)
         return Rewards(scores, kl_B, reward_B, advantage_PN.flatten())
 

@@ -86,6 +86,7 @@ def ledger(tiny_base, tokenizer, reward_model, tmp_path_factory):
         directory,
         reward=RewardModelScorer(RewardRole(reward_model), batch_size=3, max_length=None),
         missing_eos_penalty=2.5,
+        length_penalty=0.25,
         rollouts_dir=str(directory / "rollouts"),
         rollout_forward_batch_size=8,
         steps_per_generation=4,
@@ -100,7 +101,8 @@ def test_every_advantage_can_be_recomputed_from_the_ledger(ledger):
     assert len(ledger) == 2 * 16  # two batches of rollouts of 4 prompts x K
     for entry in ledger:
         assert entry.kl_coef == 0.1
-        assert entry.reward == pytest.approx(entry.score - entry.missing_eos_penalty - 0.1 * entry.kl, abs=1e-5)
+        penalties = entry.missing_eos_penalty + entry.length_penalty
+        assert entry.reward == pytest.approx(entry.score - penalties - 0.1 * entry.kl, abs=1e-5)
     groups = {}
     for entry in ledger:
         groups.setdefault((entry.step, entry.group), []).append(entry)
@@ -126,6 +128,8 @@ def test_the_penalty_is_subtracted_from_completions_that_did_not_end(ledger, tok
         ended = entry.completion_ids[-1] == tokenizer.eos_token_id
         assert entry.finish_reason == ("stop" if ended else "length")
         assert entry.missing_eos_penalty == (0.0 if ended else 2.5)
+        assert entry.length_penalty == 0.25 * len(entry.completion_ids)
+        assert len(entry.sampled_log_probs) == len(entry.completion_ids)
         assert len(entry.completion_ids) == 6 or ended
 
 

@@ -60,6 +60,8 @@ def step(model, reference, entries, old, settings):
     for entry, before in zip(entries, old, strict=True):
         kl = terms(before, log_probs_of(reference, entry).detach(), estimator)
         score = torch.tensor(reward([entry.completion_ids])[0]).item()  # TRL keeps scores in float32
+        score -= settings.get("length_penalty", 0.0) * len(entry.completion_ids)
+        score -= settings.get("missing_eos_penalty", 0.0) * (entry.finish_reason == "length")
         rewards.append(score - (0.0 if in_loss else beta * kl.item()))
     cap, kind = settings.get("importance_cap", 2.0), settings.get("importance_correction", "none")
     total = 0.0
@@ -100,6 +102,7 @@ def step(model, reference, entries, old, settings):
         {"importance_correction": "token", "importance_cap": 1.5},
         {"importance_correction": "sequence", "importance_cap": 1.5},
         {"importance_correction": "token", "kl_estimator": "k2", "kl_in": "loss", "beta": 2.0},
+        {"length_penalty": 0.125, "missing_eos_penalty": 0.5},
         {"target_kl": 0.5, "beta": 2.0},
         {"target_kl": 0.5, "kl_estimator": "k2", "kl_in": "loss", "beta": 2.0},
     ],
