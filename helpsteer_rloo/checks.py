@@ -18,13 +18,14 @@ _AT_LEAST_ONE = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_r", "lora_alpha",
     "save_total_limit",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "weight_decay", "max_grad_norm")
+_AT_LEAST_ZERO = ("seed", "weight_decay", "max_grad_norm", "top_k", "epsilon_high", "warmup_steps")
+_BACKENDS = ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl")
 _LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 _TRACKERS = ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "codecarbon", "neptune", "dvclive")
 """Of what `--report_to` takes, those whose package has the same name."""
 _LARGEST_SEED = 2**32 - 1
 """NumPy takes no larger one."""
-_POSITIVE = ("num_train_epochs", "learning_rate", "temperature", "save_steps")
+_POSITIVE = ("num_train_epochs", "learning_rate", "temperature", "save_steps", "eval_steps", "logging_steps")
 
 
 def check_training(settings: Settings[Any]) -> None:
@@ -54,6 +55,10 @@ def _check_choices(trl: Mapping[str, Any]) -> None:
         raise ValueError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
     if level is not None and level not in _LOG_LEVELS:
         raise ValueError(f"--log_level is {level!r}; expected one of {', '.join(_LOG_LEVELS)}.")
+    if trl.get("ddp_backend") not in (None, *_BACKENDS):
+        raise ValueError(f"--ddp_backend is {trl['ddp_backend']!r}; expected one of {', '.join(_BACKENDS)}.")
+    if any("=" not in part for part in str(trl.get("optim_args") or "=").split(",")):
+        raise ValueError(f"--optim_args is {trl['optim_args']!r}; expected name=value, with commas between several.")
     for tracker in trl.get("report_to") or ():
         if tracker in _TRACKERS and importlib.util.find_spec(tracker) is None:
             raise ValueError(f"--report_to {tracker} needs the package {tracker}, which is not installed here.")

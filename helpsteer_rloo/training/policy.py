@@ -1,23 +1,25 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import RLOOKnobs, Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.data.preparation import rollout_prompts
+from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.model.loading import read_reward_record
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
-from helpsteer_rloo.run_dir import HELDOUT_PROMPTS
+from helpsteer_rloo.reward_record import read_heldout_prompts
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.running import save_final, train_to_the_end
@@ -125,9 +127,10 @@ def check_rendering(own: RLOOKnobs, record: dict[str, Any], tokenizer: PreTraine
     different = [name for name in stored if stored[name] != current.get(name)]
     if different:
         raise ValueError(
-            f"The reward model was trained with another rendering than the policy's: {', '.join(different)} differ. "
-            "Scores of text it would read differently mean nothing. Start the policy from the model family that the "
-            f"reward model was trained from ({record['base_model']}), or train a reward model for this policy."
+            f"The reward model in {own.reward_model_path} was trained with another rendering than the policy's: "
+            f"{', '.join(different)} differ. Scores of text it would read differently mean nothing. Start the policy "
+            f"from the model family that the reward model was trained from ({record['base_model']}), or train a reward "
+            "model for this policy."
         )
     return renderer
 
@@ -136,7 +139,7 @@ def training_prompts(
     own: RLOOKnobs, renderer: Renderer, room: int, prompts: list[PromptGroup], counts: Counter[str]
 ) -> list[TokenGroup]:
     """The prompts to sample for: not held out by the reward model, cut to `room` tokens, each once."""
-    heldout = set((Path(own.reward_model_path) / HELDOUT_PROMPTS).read_text(encoding="utf-8").split())
+    heldout = read_heldout_prompts(own.reward_model_path)
     allowed = [group for group in prompts if prompt_key(group.prompt) not in heldout]
     counts["heldout_by_reward_model"] = len(prompts) - len(allowed)
     return rollout_prompts(allowed, renderer, room, counts)
@@ -156,6 +159,7 @@ def _without(groups: list[TokenGroup], heldout: list[TokenGroup], counts: Counte
 def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConfig:
     """The flags of the published scripts as `RLOOConfig`: E completions in all, B a batch of rollouts."""
     own = settings.own
+    _check_generation(settings.trl)
     per_device = int(settings.trl["per_device_train_batch_size"])
     accumulation = int(settings.trl["gradient_accumulation_steps"])
     return build_args(
@@ -182,6 +186,16 @@ def rloo_args(settings: Settings[RLOOKnobs], record: dict[str, Any]) -> RLOOConf
         packed_tokens=own.packed_tokens,
         rollouts_dir=own.rollouts_dir or str(Path(own.output_dir) / "rollouts"),
     )
+
+
+def _check_generation(trl: Mapping[str, FlagValue]) -> None:
+    """Refuse names that transformers' `generate` would pass over in silence."""
+    given = trl.get("generation_kwargs")
+    if not isinstance(given, dict) or trl.get("use_vllm"):
+        return
+    unknown = sorted(given.keys() - vars(GenerationConfig()).keys())
+    if unknown:
+        raise ValueError(f"--generation_kwargs has keys that generate does not know: {', '.join(map(repr, unknown))}.")
 
 
 def _prompt_dataset(groups: list[TokenGroup]) -> Dataset:

@@ -1,6 +1,8 @@
 """From the values of flags to TRL's configuration objects."""
 
 import dataclasses
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,6 +12,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from helpsteer_rloo.config import Knobs, Settings
+from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.model.loading import Base, has_bf16, weight_dtype
 
 Args = TypeVar("Args", bound=TrainingArguments)
@@ -29,6 +32,22 @@ def build_args(config_class: type[Args], settings: Settings[Knobs], **fixed: Any
         raise ValueError(
             "--bf16 true needs a GPU with bfloat16. Leave the flag out, or give --use_cpu true to use it on a CPU."
         ) from error
+
+
+@contextmanager
+def passed_on_explained(trl: Mapping[str, FlagValue]) -> Generator[None]:
+    """Name the flags whose mappings a library is handed as they are, where it does not take what it was handed.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        yield
+    except TypeError as error:
+        given = [f"--{name} {value}" for name, value in trl.items() if isinstance(value, dict) and value]
+        if not given:
+            raise
+        raise ValueError(f"{error}. What is handed on as it is given: {', '.join(given)}.") from error
 
 
 @dataclass(frozen=True)
