@@ -19,6 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from helpsteer_rloo.model.attention import Cascade
+from helpsteer_rloo.model.fused_attention import FusedAttention
 from helpsteer_rloo.model.fused_gates import FusedNetwork
 from helpsteer_rloo.model.fused_norms import FusedNorm
 from helpsteer_rloo.model.last_layer import NarrowLayer, NarrowNetwork
@@ -32,7 +33,7 @@ _KNOWN = (
     *(qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention, qwen3.Qwen3MLP, qwen3.Qwen3RMSNorm),
     *(llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm),
 )
-_SHADOWS = (FusedNetwork, FusedNorm, NarrowLayer, NarrowNetwork)
+_SHADOWS = (FusedAttention, FusedNetwork, FusedNorm, NarrowLayer, NarrowNetwork)
 """Forwards of ours that compute what the module would."""
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.fused_attention import fuse_attention
 from helpsteer_rloo.model.fused_gates import fuse_gates
 from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.fused_norms import fuse_norms
@@ -199,6 +200,7 @@ def prepare_packed(model: nn.Module) -> bool:
     narrow_last_layer(body_of(inner))
     fuse_linears(model)
     fuse_norms(model)
+    fuse_attention(model)
     fuse_gates(model)
     return True
 

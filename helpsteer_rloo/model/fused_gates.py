@@ -16,18 +16,14 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from helpsteer_rloo.model.shadowing import shadow
+
 _NETWORKS = Qwen3MLP, LlamaMLP
 
 
 def fuse_gates(model: nn.Module) -> int:
-    """Let the feed-forward networks of a Qwen3 or Llama compute their gates as this module does; how many there are.
-
-    Modules, parameters and what is saved stay as they are: only `forward` is shadowed.
-    """
-    networks = [m for m in model.modules() if type(m) in _NETWORKS and "forward" not in m.__dict__]
-    for network in networks:
-        cast(Any, network).forward = FusedNetwork(network)
-    return len(networks)
+    """Let the feed-forward networks of a Qwen3 or Llama compute their gates as this module does; how many there are."""
+    return shadow(model, _NETWORKS, FusedNetwork)
 
 
 @dataclass(frozen=True)

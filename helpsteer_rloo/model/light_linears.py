@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from helpsteer_rloo.model.fused_linears import FusedLinear, FusedLora
-from helpsteer_rloo.model.products import has_onednn, laid_out, onednn_product, product
+from helpsteer_rloo.model.products import gains_by_layout, laid_out, onednn_product, product
 
 MOST_COPIED_BYTES = 2 * 2**30
 """Weights are copied if all of them together are no more than this; a part would cost memory and gain little."""
@@ -83,7 +83,7 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[Mappin
             parts = _joined([_parts(module) for module in bundle])
             if parts is None:
                 continue
-            packs = has_onednn(parts.weight.dtype) if parts.weight.device.type == "cpu" else False
+            packs = gains_by_layout(parts.weight, rows)
             copies = affordable and (parts.merges or packs or len(bundle) > 1)
             if copies or parts.updates:
                 forward = _forward(parts, rows if packs else None, copies)

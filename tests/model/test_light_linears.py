@@ -4,10 +4,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from helpsteer_rloo.model import light_linears as module
+from helpsteer_rloo.model import products
 from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.light_linears import light_linears
 
 X = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def lay_out_small_weights_too(monkeypatch):
+    monkeypatch.setattr(products, "LEAST_MULTIPLICATIONS", 0)
 
 
 class Small(nn.Module):
@@ -107,7 +113,7 @@ def test_beyond_the_limit_nothing_is_copied(most, monkeypatch):
     monkeypatch.setattr(module, "MOST_COPIED_BYTES", most)
     copied = []
     packed, merged = module._packed, module._merged
-    monkeypatch.setattr(module, "has_onednn", lambda dtype: True)
+    monkeypatch.setattr(module, "gains_by_layout", lambda weight, rows: True)
     monkeypatch.setattr(
         module, "_packed", lambda weight, bias, rows: copied.append(weight.shape) or packed(weight, bias, rows)
     )
@@ -128,7 +134,7 @@ def test_beyond_the_limit_fused_layers_stay(monkeypatch):
 
 
 def test_without_the_packed_product_results_are_the_same(monkeypatch):
-    monkeypatch.setattr(module, "has_onednn", lambda dtype: False)
+    monkeypatch.setattr(module, "gains_by_layout", lambda weight, rows: False)
     assert compared(Small())[2] == []
     plain, light, names = compared(adapted())
     assert names == ["first", "second"]

@@ -5,9 +5,15 @@ from torch.nn.functional import linear
 
 from helpsteer_rloo.model import products
 from helpsteer_rloo.model.fused_linears import fuse_linears
-from helpsteer_rloo.model.products import LEAST_MULTIPLICATIONS, has_onednn, product
+from helpsteer_rloo.model.products import LEAST_MULTIPLICATIONS, gains_by_layout, has_onednn, product
 
 pytestmark = pytest.mark.skipif(not has_onednn(torch.float32), reason="this build of PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch):
+    """A processor of another maker, on which oneDNN is asked."""
+    monkeypatch.setattr(products, "is_intel", lambda: False)
 
 
 def draw(rows, inputs, outputs, dtype=torch.float32):
@@ -47,6 +53,19 @@ def test_slices_are_left_to_pytorch(monkeypatch):
     x, weight, _ = draw(300, 256, 192)
     for parts in ((x[:, :128], weight[:, :128].clone()), (x[:, :128].clone(), weight[:, :128])):
         assert torch.equal(product(*parts), linear(*parts))
+
+
+def test_on_intels_processors_float32_is_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(products, "is_intel", lambda: True)
+    monkeypatch.setattr(products, "onednn_product", None)
+    x, weight, bias = draw(300, 128, 192)
+    assert torch.equal(product(x, weight, bias), linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("rows", "dtype", "gains"), [(300, torch.float32, True), (2, torch.float32, False)])
+def test_small_float32_products_gain_nothing_by_a_layout(rows, dtype, gains):
+    assert gains_by_layout(draw(rows, 128, 192, dtype)[1], rows) is gains
+    assert gains_by_layout(draw(rows, 128, 192, torch.bfloat16)[1], rows) == has_onednn(torch.bfloat16)
 
 
 def test_without_onednn_everything_is_pytorchs(monkeypatch):
