@@ -1,5 +1,6 @@
 """Preference pairs in packed rows: pairs on the same prompt share it, and responses that they share."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,28 +124,67 @@ def _pair_row(bundles: Sequence[_Bundle], groups: Sequence[TokenGroup]) -> PairR
     return PairRow(PackedRow(tuple(groups)), tuple(bundles), places, chosen, rejected, margins or None, tokens)
 
 
-class GroupSampler(Sampler[int]):
-    """Random order of pairs in which those on one prompt stay together, as whole prompts in every batch if possible."""
+@dataclass(frozen=True)
+class StepShape:
+    """How an optimizer step takes pairs: `processes` in turn are handed a batch of `batch_size`, `batches` times."""
 
-    def __init__(self, groups: Sequence[int], batch_size: int, seed: int) -> None:
+    batch_size: int
+    batches: int = 1
+    processes: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """In a whole step, on all processes."""
+        return self.batch_size * self.batches * self.processes
+
+    def new_in_turn(self, batches: Sequence[Sequence[Pair]], process: int, left: int) -> list[Pair]:
+        """A process's pairs of a step that begins when `left` pairs of the epoch have not been handed out yet.
+
+        At the end of an epoch accelerate fills up the last batches of all processes with pairs from its beginning.
+
+        >>> StepShape(2, 1, processes=2).new_in_turn([["third", "again"]], process=1, left=3)
+        ['third']
+        """
+        starts = [(number * self.processes + process) * self.batch_size for number in range(len(batches))]
+        return [pair for start, batch in zip(starts, batches, strict=True) for pair in batch[: max(0, left - start)]]
+
+
+class GroupSampler(Sampler[int]):
+    """Random order of pairs in which those on one prompt stay together, as whole prompts in every batch if possible.
+
+    Which pairs are in a step depends on their number alone, not on how many processes share them out.
+    """
+
+    def __init__(self, groups: Sequence[int], step: StepShape, seed: int) -> None:
         """`groups[i]` is the prompt of pair i; every epoch has an order of its own."""
         members: dict[int, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
-        self._members = list(members.values())
-        self._count, self._batch_size, self._seed, self._epoch = len(groups), batch_size, seed, 0
+        self._groups, self._members = groups, list(members.values())
+        self._step, self._seed, self._epoch = step, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order is iterated."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._groups)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self._members), generator=generator).tolist()
-        yield from fill_batches([self._members[i] for i in order], self._batch_size)
+        coming = fill_batches([self._members[i] for i in order], self._step.pairs)
+        while step := list(itertools.islice(coming, self._step.pairs)):
+            yield from self._in_turn(step) if len(step) == self._step.pairs else step
+
+    def _in_turn(self, step: Sequence[int]) -> Iterator[int]:
+        """The pairs of a whole step, so that each process is handed whole prompts."""
+        shape = self._step
+        prompts = [list(same) for _, same in itertools.groupby(step, key=lambda index: self._groups[index])]
+        dealt = list(fill_batches(prompts, shape.batch_size * shape.batches))
+        for number, process in itertools.product(range(shape.batches), range(shape.processes)):
+            start = (process * shape.batches + number) * shape.batch_size
+            yield from dealt[start : start + shape.batch_size]
 
 
 def fill_batches(groups: Sequence[Sequence[int]], batch_size: int) -> Iterator[int]:

@@ -1,6 +1,8 @@
 """Reward-model training on TRL's `RewardTrainer`, with the scalar head always trained and always saved."""
 
 import copy
+import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,7 @@ from helpsteer_rloo.model.sharding import is_sharded, whole_weights
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing
-from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, collate_pairs, pack_pairs
+from helpsteer_rloo.training.pairs import GroupSampler, PairBatch, PairRow, StepShape, collate_pairs, pack_pairs
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.running import save_final, train_to_the_end
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
@@ -101,20 +103,39 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         shuffled = self._packed and self.args.train_sampling_strategy == "random"
         if not shuffled or not isinstance(dataset, Dataset) or "group" not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
-        local = self.args.gradient_accumulation_steps if self.args.world_size == 1 else 1
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupSampler(list(dataset["group"]), self._train_batch_size * local, seed)
+        return GroupSampler(list(dataset["group"]), self._step_shape, seed)
+
+    @property
+    def _step_shape(self) -> StepShape:
+        return StepShape(self._train_batch_size, self.args.gradient_accumulation_steps, self.args.world_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step; pairs on one prompt are brought together across them."""
+        """The micro-batches of one optimizer step; pairs on one prompt are brought together across them.
+
+        Every pair of the step, on whatever process, counts alike, and none twice at the end of an epoch.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._packed or not batches:
             return batches, items
-        pairs: list[Pair] = [pair for batch in batches for pair in batch["pairs"]]
+        pairs = self._step_shape.new_in_turn(
+            [batch["pairs"] for batch in batches], self.args.process_index, self._left_in_epoch()
+        )
+        counts = self.accelerator.reduce(torch.tensor(len(pairs), device=self.args.device))
+        weight = len(batches) * self.args.world_size / cast(Tensor, counts).item()
         hands = deal(pack_pairs(pairs, self._passes.budget), len(batches))
-        return [{"batch": PairBatch(rows, len(batches) / len(pairs))} for rows in hands], items
+        return [{"batch": PairBatch(rows, weight)} for rows in hands], items
+
+    def _left_in_epoch(self) -> int:
+        """Pairs of the epoch that no step before this one has taken; no limit where accelerate repeats none."""
+        args, dataset = cast(Any, self.args), self.train_dataset
+        ends_are_cut = args.dataloader_drop_last or args.ignore_data_skip or args.accelerator_config.split_batches
+        if args.world_size == 1 or ends_are_cut or not isinstance(dataset, Dataset):
+            return sys.maxsize
+        step = self._step_shape.pairs
+        return len(dataset) - self.state.global_step % math.ceil(len(dataset) / step) * step
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,15 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.qwen3 import modeling_qwen3
 
 from helpsteer_rloo.training.packed import deal
-from helpsteer_rloo.training.pairs import GroupSampler, Pair, collate_pairs, fill_batches, pack_pairs
+from helpsteer_rloo.training.pairs import GroupSampler, Pair, StepShape, collate_pairs, fill_batches, pack_pairs
 from helpsteer_rloo.training.reward import RewardConfig, RewardTrainer
 from tests.model.test_attention import norm_in_float64
+
+
+def batched(items, size):
+    """Lists of `size` items; the last may be shorter."""
+    items = iter(items)
+    return list(iter(lambda: list(itertools.islice(items, size)), []))
 
 
 def random_ids(generator, low, high):
@@ -206,10 +212,20 @@ def test_groups_are_whole_in_their_batches_while_there_is_choice():
     generator = torch.Generator().manual_seed(0)
     sizes = (torch.randint(0, 4, (400,), generator=generator) + 1).tolist()
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
-    order = list(GroupSampler(groups, 4, seed=1))
+    order = list(GroupSampler(groups, StepShape(4), seed=1))
     batches = [{groups[i] for i in order[start : start + 4]} for start in range(0, len(order), 4)]
     cut = sum(len(batch & after) for batch, after in itertools.pairwise(batches))
     assert cut < 0.05 * len(sizes)
+
+
+def test_every_process_is_handed_whole_prompts():
+    groups = [g for g in range(64) for _ in range(2)]
+    shape = StepShape(batch_size=4, batches=2, processes=2)
+    order = list(GroupSampler(groups, shape, seed=1))
+    for start in range(0, len(order), shape.pairs):
+        batches = list(batched(order[start : start + shape.pairs], 4))
+        first, second = ({groups[i] for batch in batches[p::2] for i in batch} for p in range(2))
+        assert not first & second
 
 
 @given(st.lists(st.integers(), max_size=9), st.integers(1, 5))

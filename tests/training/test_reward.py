@@ -112,7 +112,8 @@ def test_under_bf16_the_head_trains_in_float32_and_moves(tiny_base, tokenizer, t
     ids = [[5, 6, 7, 8], [9, 10]]
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype=torch.bfloat16)
     loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
-    assert score_sequences(loaded, ids, 1) == score_sequences(trainer.model.eval(), ids, 1)
+    stock = score_sequences(loaded, ids, 1)
+    assert score_sequences(trainer.model.eval(), ids, 1) == pytest.approx(stock, abs=0.02)  # rotations are rounded less
 
 
 def test_pairs_over_max_length_are_reported(tiny_base, tokenizer, tmp_path):

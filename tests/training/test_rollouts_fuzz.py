@@ -1,14 +1,18 @@
 """Property tests of packing rollouts: nothing lost, nothing doubled, budgets kept, the same order again."""
 
+import itertools
 from collections import Counter
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
 from helpsteer_rloo.packing import token_count
-from helpsteer_rloo.training.pairs import GroupSampler, Pair, pack_pairs
+from helpsteer_rloo.training.pairs import GroupSampler, Pair, StepShape, pack_pairs
 from helpsteer_rloo.training.rollouts import Rollout, rows_of, shuffled_slices, units_of
+from tests.training.test_pairs import batched
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
 prompts = st.lists(st.tuples(st.integers(0, 3), ids), min_size=1, max_size=16)
@@ -89,9 +93,26 @@ def test_rows_of_pairs_keep_to_their_budget_and_are_the_same_again(batch, budget
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(1, 6), st.integers(0, 99), st.integers(0, 3))
 def test_an_epoch_has_every_pair_once_in_an_order_of_seed_and_epoch_alone(groups, batch_size, seed, epoch):
     def order():
-        sampler = GroupSampler(groups, batch_size, seed)
+        sampler = GroupSampler(groups, StepShape(batch_size), seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
     assert sorted(order()) == list(range(len(groups)))
     assert order() == order()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_steps_take_the_same_pairs_however_many_processes_share_them_out(groups, batch_size, batches, processes):
+    """As accelerate deals batches to processes, and repeats the first ones where the last step is not whole."""
+    shape = StepShape(batch_size, batches, processes)
+    alone = GroupSampler(groups, StepShape(shape.pairs), seed=3)
+    expected = [sorted(step) for step in batched(alone, shape.pairs)]
+    dealt = BatchSampler(GroupSampler(groups, shape, seed=3), batch_size, drop_last=False)
+    streams = [list(batched(BatchSamplerShard(dealt, processes, process), batches)) for process in range(processes)]
+    assert {len(stream) for stream in streams} == {len(expected)}
+    for number, step in enumerate(expected):
+        left = len(groups) - number * shape.pairs
+        shares = [shape.new_in_turn(stream[number], process, left) for process, stream in enumerate(streams)]
+        assert sorted(itertools.chain(*shares)) == step
+        if len(step) == shape.pairs and max(Counter(groups).values()) == 1:
+            assert {len(share) for share in shares} == {batch_size * batches}
