@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,15 +40,19 @@ class ResumesExactly(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        path, count = self._position_file(checkpoint), self.args.world_size
+        path = self._position_file(checkpoint)
         if path.exists():
             self._go_on_from(read_position(path, self.args.device))
-        else:
-            warnings.warn(
-                f"{checkpoint} was not saved by {count} process{'es' if count > 1 else ''} of this tool. What was "
-                "trained stays, but random states and sampled rollouts do not go on where they were.",
-                stacklevel=2,
-            )
+            return
+        others = sorted(Path(checkpoint).glob("position-*-of-*.safetensors"))
+        if others:
+            self._take_over([read_position(other, self.args.device).values for other in others])
+        warnings.warn(
+            f"{checkpoint} was saved by {len(others)} of this tool's processes, and {self.args.world_size} go on from "
+            "it. What was trained stays, and so does the order of the data, but not random states and a batch of "
+            "rollouts that is not used up.",
+            stacklevel=2,
+        )
 
     def _position_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"position-{self.args.process_index}-of-{self.args.world_size}.safetensors"
@@ -64,11 +69,15 @@ class ResumesExactly(Trainer):
 
     def _go_on_from(self, position: Position) -> None:
         """Take over what a checkpoint kept."""
-        values = position.values
-        self._tr_loss = torch.tensor(values["loss_since_logged"], device=self.args.device)
-        self._globalstep_last_logged = values["last_logged"]
-        self._metrics["train"].update(values["metrics"])
-        self._total_train_tokens = values["train_tokens"]
+        self._take_over([position.values])
+
+    def _take_over(self, processes: Sequence[Mapping[str, Any]]) -> None:
+        """Take over sums behind metrics; all are the same on every process but the loss, whose mean is logged."""
+        losses = [values["loss_since_logged"] for values in processes]
+        self._tr_loss = torch.tensor(sum(losses) / len(losses), device=self.args.device)
+        self._globalstep_last_logged = processes[0]["last_logged"]
+        self._metrics["train"].update(processes[0]["metrics"])
+        self._total_train_tokens = processes[0]["train_tokens"]
 
 
 def write_position(path: Path, position: Position) -> None:
@@ -80,6 +89,7 @@ def write_position(path: Path, position: Position) -> None:
 
 def read_position(path: Path, device: torch.device) -> Position:
     """Read a position, its tensors on the given device."""
-    with cast(Any, safe_open)(path, framework="pt", device=str(device)) as file:
+    with cast(Any, safe_open)(path, framework="pt") as file:
         names: list[str] = file.keys()
-        return Position(json.loads(file.metadata()["values"]), {name: file.get_tensor(name) for name in names})
+        tensors = {name: file.get_tensor(name).to(device) for name in names}
+        return Position(json.loads(file.metadata()["values"]), tensors)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
@@ -118,14 +118,17 @@ def test_the_order_of_a_later_epoch_is_that_of_an_undisturbed_run(tiny_base, tok
         assert (prompts_seen(kind, resume=True) == whole[3:]) is same
 
 
-def test_a_checkpoint_without_a_position_of_this_process_is_reported(tiny_base, tokenizer, tmp_path):
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_checkpoint_without_a_position_of_this_process_is_reported(tiny_base, tokenizer, tmp_path, others):
     settings = {**SAVING, **BUFFERED, "max_steps": 3}
     make_trainer(tiny_base, tokenizer, tmp_path, **settings).train()
     position = tmp_path / "checkpoint-1" / "position-0-of-1.safetensors"
     assert load_file(position)["completion_ids"].dtype == torch.int64
-    save_file({}, position.with_name("position-0-of-2.safetensors"))
+    kept = position.read_bytes()
     position.unlink()
+    for other in range(others):
+        position.with_name(f"position-{other}-of-{others}.safetensors").write_bytes(kept)
     trainer = make_trainer(tiny_base, tokenizer, tmp_path, **settings)
-    with pytest.warns(UserWarning, match="was not saved by 1 process of this tool"):
+    with pytest.warns(UserWarning, match=f"was saved by {others} of this tool's processes, and 1 go on"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer._step == 6  # two micro-batches a step, as if it had taken the first one as well

@@ -1,106 +1,110 @@
-"""Training on two processes against one: the same batches must give the same curve of losses and rewards.
+"""Training on several processes against one: the same data and seed must give the same curves.
 
-Run as a module under `torchrun` it is one of the two processes.
+Run as a module it is a process that is killed, or that loses the one that is.
 """
 
-import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import TrainerCallback
 
-from helpsteer_rloo.training.reward import RewardConfig, RewardTrainer
-from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
-from tests.training.test_pairs import pair_rows
-from tests.training.test_rloo import PROMPTS, K, arguments, chat
-from tests.training.test_rloo_packed import reward
+from benchmarks.processes import ROOT, difference, launched
 
-PLAIN = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-BUDGETS = {"reward": 30, "rloo": 60}
-"""Tokens a row: so few that processes have different numbers of rows in a micro-batch, some of them none."""
+TOLERANCE = 1e-6
+"""Relative; losses are logged in float32."""
+BOUND = 60
+"""Seconds within which a process that lost another is to have ended, its start and first steps included."""
 
 
-def lora(task):
-    return LoraConfig(r=4, target_modules="all-linear", task_type=task)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("alone"), 1)
 
 
-def curves(base, directory, processes):
-    """What is logged in three steps of reward training and four of RLOO, the batches of an optimizer step fixed."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    shared = PLAIN | {"ddp_backend": "gloo"} if processes > 1 else PLAIN
-    rewarded = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_pretrained(base, num_labels=1),
-        args=RewardConfig(
-            output_dir=str(directory),
-            max_steps=3,
-            per_device_train_batch_size=4 // processes,
-            gradient_accumulation_steps=2,
-            train_sampling_strategy="sequential",
-            max_length=None,
-            packed_tokens=BUDGETS["reward"],
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            **shared,
-        ),
-        train_dataset=Dataset.from_list(pair_rows(3, prompts=20)),
-        processing_class=tokenizer,
-        peft_config=lora("SEQ_CLS"),
-    )
-    rewarded.train()
-    policy = RLOOTrainer(
-        model=str(base),
-        reward_funcs=reward,
-        args=arguments(
-            directory,
-            RLOOConfig,
-            max_steps=4,
-            per_device_train_batch_size=2 * K // processes,
-            packed_tokens=BUDGETS["rloo"],
-            **shared,
-        ),
-        train_dataset=chat(PROMPTS),
-        processing_class=tokenizer,
-        peft_config=lora("CAUSAL_LM"),
-    )
-    policy.train()
-    assert rewarded._packed
-    assert policy._packed
-    names = ("loss", "accuracy", "margin", "min_reward", "max_reward", "num_tokens")
-    return {
-        "reward": [[row[name] for name in names] for row in rewarded.state.log_history if "loss" in row],
-        "rloo": [
-            [row[name] for name in ("reward", "kl", "entropy")] for row in policy.state.log_history if "kl" in row
-        ],
-    }
+def check(alone, curves):
+    assert {stage: len(rows) for stage, rows in curves.items()} == {"reward": 8, "rloo": 8}
+    assert any(abs(row["loss"]) > 1e-3 for row in curves["rloo"])
+    for stage, rows in curves.items():
+        assert difference(alone[stage], rows) < TOLERANCE, stage
 
 
-def test_two_processes_give_the_curves_of_one(tiny_base, tmp_path):
-    (tmp_path / "one").mkdir()
-    one = curves(tiny_base, tmp_path / "one", 1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.training.test_processes", str(tiny_base), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "curves.json").read_text())
-    for stage, rows in one.items():
-        assert len(rows) > 2
-        for ours, theirs in zip(rows, two[stage], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), stage
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_curves_of_one(alone, tmp_path, kind):
+    check(alone, launched(tmp_path, 2, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_four_processes_give_the_curves_of_one(alone, tmp_path, kind):
+    check(alone, launched(tmp_path, 4, kind))
+
+
+def test_one_process_goes_on_where_two_were(alone, tmp_path):
+    launched(tmp_path, 2, "ddp", steps=4)
+    check(alone, launched(tmp_path, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after", "kind"), [(1, 2, "ddp"), (2, 4, "ddp"), (2, 2, "fsdp2"), (2, 4, "fsdp2")])
+def test_other_numbers_go_on_where_some_were(alone, tmp_path, before, after, kind):
+    launched(tmp_path, before, kind, steps=4)
+    check(alone, launched(tmp_path, after, kind))
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("stage", ["reward", "rloo"])
+def test_a_process_that_loses_another_stops_and_says_so(tmp_path, stage):
+    """Without a launcher that would end it."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.test_processes", stage, str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    begin = time.monotonic()
+    texts = [process.communicate(timeout=BOUND)[1] for process in processes]
+    assert time.monotonic() - begin < BOUND
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL]
+    assert "error: Another of the 2 processes has ended or cannot be reached" in texts[0]
+    assert "The same command goes on from the last checkpoint" in texts[0]
+    assert "Traceback" not in texts[0]
+
+
+class Killed(TrainerCallback):
+    """The second process, after its third step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(stage, directory):
+    from benchmarks.process_curves import trainer_of
+    from helpsteer_rloo.training.running import train_to_the_end
+
+    trainer = trainer_of(stage, Path(directory), steps=8)
+    trainer.add_callback(Killed())
+    train_to_the_end(trainer, max_bad_steps=0)
 
 
 if __name__ == "__main__":
-    base, directory = map(Path, sys.argv[1:])
-    found = curves(base, directory, int(os.environ["WORLD_SIZE"]))
-    if os.environ["RANK"] == "0":
-        (directory / "curves.json").write_text(json.dumps(found))
+    from helpsteer_rloo.cli import guarded
+
+    guarded(lambda: train(*sys.argv[1:]))
