@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from helpsteer_rloo.config import PipelineSettings, RLOOKnobs, Settings
+from helpsteer_rloo.config import PipelineSettings, Settings
+from helpsteer_rloo.knobs import RLOOKnobs
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
 from helpsteer_rloo.reward_record import DTYPES

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpsteer_rloo.config import CommandSpec, DataKnobs, Settings
+from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import data_table, say, show
 from helpsteer_rloo.data.sources import locate
+from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.run_dir import RunDir, write_json
 

@@ -1,6 +1,6 @@
 """Command-line flags and YAML keys, described once and parsed without importing torch.
 
-A command takes two kinds of flags: our own, declared as dataclasses in `helpsteer_rloo.config`, and those of TRL's
+A command takes two kinds of flags: our own, declared as dataclasses in `helpsteer_rloo.knobs`, and those of TRL's
 configuration classes. The latter are read from the *source* of the installed TRL and transformers, because importing
 them takes seconds and `--help` should not; their values are turned into TRL's objects later, by TRL's own parser.
 """
@@ -162,7 +162,7 @@ _CONVERTERS: dict[str, Callable[[str], FlagValue]] = {"bool": _to_bool, "int": _
 
 
 def own_flags(knobs: type) -> list[Flag]:
-    """The flags that a dataclass of `helpsteer_rloo.config` declares, in order."""
+    """The flags that a dataclass of `helpsteer_rloo.knobs` declares, in order."""
     return [
         Flag(field.name, _annotation(field.type), str(field.default), str(field.metadata.get("help", "")))
         for field in dataclasses.fields(knobs)

@@ -13,19 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.checks import check_pipeline
-from helpsteer_rloo.config import (
-    DEFAULT_POLICY_DIR,
-    DEFAULT_REWARD_MODEL_DIR,
-    PIPELINE,
-    SECTIONS,
-    CommandSpec,
-    DataKnobs,
-    Knobs,
-    PipelineKnobs,
-    PipelineSettings,
-    Settings,
-)
+from helpsteer_rloo.config import PIPELINE, SECTIONS, CommandSpec, Knobs, PipelineSettings, Settings
 from helpsteer_rloo.flags import FlagParser, FlagValue, read_yaml
+from helpsteer_rloo.knobs import DEFAULT_POLICY_DIR, DEFAULT_REWARD_MODEL_DIR, DataKnobs, PipelineKnobs
 
 
 def parse_command(

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.config import DEFAULT_MODEL, DataKnobs, PipelineSettings, RewardKnobs, RLOOKnobs, Settings
+from helpsteer_rloo.config import PipelineSettings, Settings
 from helpsteer_rloo.console import results_table, say, show
+from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model

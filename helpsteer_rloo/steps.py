@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpsteer_rloo.checks import prompt_room
-from helpsteer_rloo.config import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs, Settings
+from helpsteer_rloo.config import Settings
 from helpsteer_rloo.console import data_table, predictions_table, say, show
 from helpsteer_rloo.data.sources import content_digest, locate
+from helpsteer_rloo.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_functions import reward_functions_digest

@@ -14,16 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpsteer_rloo.checks import check_rloo
-from helpsteer_rloo.config import (
-    PIPELINE,
-    REWARD,
-    RLOO,
-    EngineKnobs,
-    PipelineKnobs,
-    RLOOKnobs,
-)
+from helpsteer_rloo.config import PIPELINE, REWARD, RLOO
 from helpsteer_rloo.demo import demo_settings, parse_demo
 from helpsteer_rloo.flags import read_yaml, trl_flags, unknown_name
+from helpsteer_rloo.knobs import EngineKnobs, PipelineKnobs, RLOOKnobs
 from helpsteer_rloo.parsing import parse_command, parse_pipeline, pipeline_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "",
             "groups",
             "config",
+            "knobs",
             "checks",
             "checkpoints",
             "flags",
@@ -51,6 +52,7 @@ STDLIB_ONLY = frozenset({"groups"})
 LIGHT = frozenset(
     {
         "config",
+        "knobs",
         "checks",
         "reward_functions",
         "reward_record",

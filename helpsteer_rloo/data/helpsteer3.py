@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, locate, read_rows
 from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup, Role, Split
+from helpsteer_rloo.knobs import DataKnobs
 
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6});")
 """Entities are decoded only when written in full, so that `?a=1&copy=2` stays as it is."""

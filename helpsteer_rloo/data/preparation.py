@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.data.helpsteer3 import Corpus, Counts, load_corpus, prompt_key
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.groups import Message, Preference, PromptGroup, Split, TokenGroup
+from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import fingerprint
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.groups import Split
+from helpsteer_rloo.knobs import DataKnobs
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_TIMEOUT_SECONDS = 10.0

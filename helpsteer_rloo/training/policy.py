@@ -10,11 +10,12 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from helpsteer_rloo.checks import prompt_room
-from helpsteer_rloo.config import RLOOKnobs, Settings
+from helpsteer_rloo.config import Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.data.preparation import rollout_prompts
 from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
+from helpsteer_rloo.knobs import RLOOKnobs
 from helpsteer_rloo.model.loading import read_reward_record
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer

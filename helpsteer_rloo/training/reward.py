@@ -15,8 +15,9 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from helpsteer_rloo.config import RewardKnobs, Settings
+from helpsteer_rloo.config import Settings
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.knobs import RewardKnobs
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
 from helpsteer_rloo.model.sharding import is_sharded, whole_weights
 from helpsteer_rloo.packing import PackedRow

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.data.helpsteer3 import (
     Counts,
     Row,
@@ -20,6 +19,7 @@ from helpsteer_rloo.data.helpsteer3 import (
     split_and_group,
 )
 from helpsteer_rloo.groups import Message
+from helpsteer_rloo.knobs import DataKnobs
 from tests.data.rows import make_row, turns, write_jsonl, write_parquet
 
 

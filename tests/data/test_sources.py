@@ -7,9 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from helpsteer_rloo.config import DataKnobs
 from helpsteer_rloo.data.helpsteer3 import load_corpus
 from helpsteer_rloo.data.sources import BadRowError, RowFile, content_digest, locate, read_rows
+from helpsteer_rloo.knobs import DataKnobs
 from tests.data.rows import make_row, turns, write_jsonl, write_parquet
 
 

@@ -1,0 +1,239 @@
+"""Every knob of the three commands that is our own: dataclasses, defaults, and the checks of their values."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+DEFAULT_MODEL = "Qwen/Qwen3-8B"
+DEFAULT_REWARD_MODEL_DIR = "models/qwen3_8b_reward_model"
+DEFAULT_POLICY_DIR = "models/rloo_helpsteer3"
+
+
+def _knob(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKnobs:
+    """Which preferences are read, which of them are kept, and how they become token ids."""
+
+    dataset_name: str = _knob("nvidia/HelpSteer3", "Hub id, directory, .jsonl, .jsonl.gz or .parquet file.")
+    dataset_subset: str = _knob("preference", "Subset (folder) of the data set.")
+    dataset_revision: str | None = _knob(None, "Branch, tag or commit of a data set on the hub.")
+    language: str = _knob("english", "Languages to keep, separated by commas, or 'all'.")
+    domains: str = _knob("all", "Domains to keep, separated by commas, or 'all'.")
+    skip_bad_rows: bool = _knob(False, "Count and skip rows that cannot be read, instead of stopping at the first.")
+    html_entities: str = _knob("prompt", "Where to decode HTML entities such as &lt;: 'prompt', 'all' or 'none'.")
+    validation_fraction: float = _knob(
+        0.1, "Share of prompts held out, by a hash of the prompt, if the data set has no validation split of its own."
+    )
+    max_length: int = _knob(1024, "Longest prompt and response together, in tokens.")
+    overlong: str = _knob(
+        "cut", "Pairs over max_length: 'cut' the oldest turns (then the response) or 'drop' the pair."
+    )
+    thinking: bool = _knob(False, "Render prompts in Qwen3's thinking mode.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        _require(
+            self.dataset_name.strip() != "",
+            "dataset_name",
+            self.dataset_name,
+            "a hub id, a directory ('.' is the current one) or a .jsonl, .jsonl.gz or .parquet file",
+        )
+        _require(
+            _stays_inside(self.dataset_subset), "dataset_subset", self.dataset_subset, "a folder inside the data set"
+        )
+        for name in ("language", "domains"):
+            value = getattr(self, name)
+            named = value.replace(",", " ").strip() != ""
+            _require(named, name, value, "names separated by commas, or 'all' to keep everything")
+        _require(
+            self.html_entities in ("prompt", "all", "none"), "html_entities", self.html_entities, "prompt, all, none"
+        )
+        _require(self.overlong in ("cut", "drop"), "overlong", self.overlong, "cut or drop")
+        _require(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "between 0 and 1")
+        _require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineKnobs(DataKnobs):
+    """How passes are computed, the same loss of the same batch to float error, and how often they may fail.
+
+    Batches of reward training differ: packed ones hold whole prompts, TRL's scattered pairs.
+    """
+
+    engine: str = _knob(
+        "packed",
+        "'packed': rows with next to no padding, each prompt computed once; 'trl': TRL's own passes, for comparison.",
+    )
+    packed_tokens: int | None = _knob(
+        None,
+        "Most tokens in one packed row (default: 4096, on a CPU 1024); a larger pair or group of completions "
+        "stands alone. Less saves memory, more may save time.",
+    )
+    max_bad_steps: int = _knob(
+        5, "Optimizer steps in a row that may be skipped because their gradient is not finite; more end the run."
+    )
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        _require(self.engine in ("packed", "trl"), "engine", self.engine, "packed or trl")
+        _require(
+            self.packed_tokens is None or self.packed_tokens >= 1,
+            "packed_tokens",
+            self.packed_tokens,
+            "at least 1 token",
+        )
+        _require(self.max_bad_steps >= 0, "max_bad_steps", self.max_bad_steps, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardKnobs(EngineKnobs):
+    """Reward-model training."""
+
+    output_dir: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
+    sample_predictions: int = _knob(8, "Held-out pairs to print with their scores after training.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        _require_directory("output_dir", self.output_dir)
+        _require(self.sample_predictions >= 0, "sample_predictions", self.sample_predictions, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOKnobs(EngineKnobs):
+    """RLOO training of the policy; the names are those of the published RLOO scripts."""
+
+    output_dir: str = _knob(DEFAULT_POLICY_DIR, "Directory of the trained policy.")
+    reward_model_path: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
+    reward_functions: str | None = _knob(
+        None,
+        "Functions that give rewards besides the reward model: package.module:function, separated by commas; "
+        "--reward_weights has the model's weight first.",
+    )
+    total_episodes: int = _knob(50_000, "Completions to sample in all.")
+    rloo_k: int = _knob(4, "Completions sampled for each prompt.")
+    num_ppo_epochs: int = _knob(1, "Passes over each batch of rollouts.")
+    num_mini_batches: int = _knob(1, "Optimizer steps in a pass over a batch of rollouts.")
+    local_rollout_forward_batch_size: int = _knob(
+        8, "Completions sampled or scored at once; with the packed engine at least those of one prompt."
+    )
+    missing_eos_penalty: float = _knob(1.0, "Subtracted from the score of a completion that did not end by itself.")
+    length_penalty: float = _knob(0.0, "Subtracted from the score for every token of a completion.")
+    kl_coef: float = _knob(0.05, "Weight of the KL divergence from the starting policy.")
+    kl_estimator: str = _knob(
+        "k1", "Estimate of KL at every token: 'k1' (unbiased), 'k2' or 'k3' (never negative), Schulman 2020."
+    )
+    kl_in: str = _knob("reward", "Where KL stands: subtracted from the 'reward', or added to the 'loss' (k2, k3).")
+    target_kl: float | None = _knob(
+        None, "KL of a completion, in nats, that the weight is adapted to after every batch, from kl_coef on."
+    )
+    importance_correction: str = _knob(
+        "none",
+        "Weights that correct for the sampler, whose probabilities are not quite the trainer's (and with top-p or "
+        "top-k not at all): 'token', 'sequence' or 'none'. The gap is logged in any case.",
+    )
+    importance_cap: float = _knob(2.0, "Largest importance weight.")
+    cliprange: float = _knob(0.2, "Clip range of the sequence-level probability ratio.")
+    response_length: int = _knob(512, "Longest completion, in tokens.")
+    rollouts_dir: str | None = _knob(None, "Where the rollouts are recorded (default: OUTPUT_DIR/rollouts).")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        _require(
+            self.rloo_k >= 2, "rloo_k", self.rloo_k, "at least 2: the baseline of a sample is the mean of the others"
+        )
+        for name in ("total_episodes", "num_ppo_epochs", "num_mini_batches", "local_rollout_forward_batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("missing_eos_penalty", "length_penalty", "kl_coef"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _require(getattr(self, name) < math.inf, name, getattr(self, name), "a finite number")
+        _require_directory("output_dir", self.output_dir)
+        _require(self.cliprange > 0, "cliprange", self.cliprange, "more than 0")
+        check_estimators(self, self.kl_coef)
+        _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
+
+    def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:
+        """Optimizer steps in the run: ceil(E / B) · epochs · mini-batches, with B completions a batch of rollouts.
+
+        >>> RLOOKnobs(total_episodes=100, num_mini_batches=2).optimizer_steps(per_device=2, accumulation=4, processes=1)
+        14
+        """
+        completions = per_device * accumulation * self.num_mini_batches * processes
+        return math.ceil(self.total_episodes / completions) * self.num_ppo_epochs * self.num_mini_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineKnobs(EngineKnobs):
+    """The whole run; any flag of a single stage can be given as --reward.FLAG or --rloo.FLAG."""
+
+    name: str = _knob("helpsteer3", "Name of the run; its record goes to runs/NAME.")
+    output_dir: str | None = _knob(None, "Put everything in one directory: its record, reward_model/ and policy/.")
+    model_name_or_path: str = _knob(DEFAULT_MODEL, "Model that both the reward model and the policy start from.")
+    seed: int = _knob(42, "Seed of every stage.")
+    reward_batch_size: int | None = _knob(None, "Per-device batch size of reward training.")
+    reward_epochs: float | None = _knob(None, "Epochs of reward training.")
+    rloo_batch_size: int | None = _knob(None, "Per-device batch size of RLOO.")
+    total_episodes: int | None = _knob(None, "Completions that RLOO samples in all.")
+    use_peft: bool = _knob(False, "Train LoRA adapters instead of all weights, in both stages.")
+    reward_model_only: bool = _knob(False, "Stop after the reward model and its verification.")
+    rloo_only: bool = _knob(False, "Use the reward model in REWARD_MODEL_DIR instead of training one.")
+    reward_model_dir: str | None = _knob(None, f"Directory of the reward model (default: {DEFAULT_REWARD_MODEL_DIR}).")
+    policy_dir: str | None = _knob(None, f"Directory of the policy (default: {DEFAULT_POLICY_DIR}).")
+    allow_weak_reward_model: bool = _knob(False, "Go on even if the reward model is not better than chance.")
+    evaluation_prompts: int = _knob(256, "Held-out prompts on which the policy is judged before and after.")
+    evaluation_batch_size: int = _knob(8, "Completions sampled or scored at once in the evaluation.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        if self.reward_model_only and self.rloo_only:
+            raise ValueError("--reward_model_only and --rloo_only exclude each other; give one of them or neither.")
+        _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
+        _require(_stays_inside(self.name), "name", self.name, "a name without .. for a directory inside of runs")
+        for name in ("output_dir", "reward_model_dir", "policy_dir"):
+            _require_directory(name, getattr(self, name))
+
+
+def check_estimators(given: Any, kl_coef: float) -> None:
+    """Check the settings of RLOO's estimators, by their names in `RLOOKnobs`, whoever has them.
+
+    Raises:
+        ValueError: one is out of range, or two do not go together.
+    """
+    named, place, correction = given.kl_estimator, given.kl_in, given.importance_correction
+    _require(named in ("k1", "k2", "k3"), "kl_estimator", named, "k1, k2 or k3")
+    _require(place in ("reward", "loss"), "kl_in", place, "reward or loss")
+    alone = place == "loss" and named == "k1"
+    _require(not alone, "kl_in", place, "reward with k1, whose mean gradient in the loss is zero; or k2 or k3")
+    if given.target_kl is not None:
+        _require(given.target_kl > 0, "target_kl", given.target_kl, "more than 0 nats")
+        _require(kl_coef > 0, "target_kl", given.target_kl, "--kl_coef above 0, which it is adapted from")
+    kinds = ("none", "token", "sequence")
+    _require(correction in kinds, "importance_correction", correction, "none, token or sequence")
+    _require(given.importance_cap > 0, "importance_cap", given.importance_cap, "more than 0")
+    if given.engine == "trl":
+        _require(place == "reward", "kl_in", place, "reward with --engine trl")
+        _require(correction == "none", "importance_correction", correction, "none with --engine trl")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name} is {value!r}; expected {expected}.")
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name, put behind a directory, leads to something inside of it."""
+    path = PurePath(name)
+    return path != PurePath() and not path.is_absolute() and ".." not in path.parts
+
+
+def _require_directory(flag: str, value: str | None) -> None:
+    """Refuse what has no name of its own: nothing at all, and the root."""
+    named = value is None or (value.strip() != "" and PurePath(value) != PurePath(PurePath(value).anchor or "\0"))
+    _require(named, flag, value, "a directory that can be made")
