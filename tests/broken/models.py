@@ -9,7 +9,7 @@ from typing import Any
 from tests.broken.corpus import Broken, Place, changed_json, cut_short
 
 RECORD, HELDOUT, ADAPTER = "reward_model.json", "heldout_prompts.txt", "adapter_model.safetensors"
-OTHER = "The reward model was trained with another rendering than the policy's"
+OTHER = "was trained with another rendering than the policy's"
 TRAIN_ONE = "Train one with reward_model_training.py"
 
 
