@@ -29,6 +29,7 @@ COMMANDS = {
     "reward-model": "train and verify a reward model (reward_model_training.py)",
     "rloo": "train a policy against a reward model (rloo_helpsteer_training.py)",
     "demo": "the whole pipeline offline, in a small world with a known gold quality",
+    "evaluate": "a reward model, or scores from elsewhere, on JudgeBench, RM-Bench, RewardBench 2 or your own pairs",
     "data": "read, select and split a data set, and print what became of every row",
 }
 
@@ -126,11 +127,20 @@ def show_data(argv: list[str] | None = None) -> None:
     guarded(lambda: run_data(settings))
 
 
+def evaluate(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo evaluate`."""
+    from helpsteer_rloo.evaluate_command import parse_evaluate, run_evaluate
+
+    settings = parse_evaluate(argv)
+    guarded(lambda: run_evaluate(settings))
+
+
 _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "pipeline": run_pipeline,
     "reward-model": train_reward_model,
     "rloo": train_policy,
     "demo": run_demo,
+    "evaluate": evaluate,
     "data": show_data,
 }
 

@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from helpsteer_rloo.flags import Flag, FlagValue, own_flags, trl_flags, unknown_name
-from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
+from helpsteer_rloo.knobs import DEFAULT_MODEL, PipelineKnobs, RewardKnobs, RLOOKnobs
 
-Knobs = TypeVar("Knobs", bound=DataKnobs)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Knobs = TypeVar("Knobs", bound="DataclassInstance")
 
 
 _SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token")

@@ -1,6 +1,6 @@
 """What a run prints: progress lines, and tables of data, predictions and results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -110,6 +110,35 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     for stage, seconds in summary["seconds"].items():
         table.add_row(f"seconds: {stage}", f"{seconds:.1f}", "")
     return table
+
+
+def benchmark_table(found: Mapping[str, Any]) -> Table:
+    """The result of an offline benchmark: every number of it, in the order of the result."""
+    table = Table(title=f"{found['benchmark']}, {found['scored']} items", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, value in _flat(found["result"]):
+        table.add_row(escape(name), *_cells(value))
+    for kind in ("left_out", "counts"):
+        for reason, count in found[kind].items():
+            table.add_row(escape(f"{kind.replace('_', ' ')}: {reason}"), str(count), "")
+    return table
+
+
+def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers of a nested result by their names, estimates as one."""
+    for name, value in result.items():
+        if isinstance(value, Mapping) and "interval" not in value:
+            yield from _flat(value, f"{prefix}{name}: ")
+        else:
+            yield prefix + name, value
+
+
+def _cells(value: Any) -> tuple[str, str]:
+    if isinstance(value, Mapping):
+        return f"{value['value']:.3f} ({value['count']})", _interval(value["interval"])
+    return (f"{value:.3f}" if isinstance(value, float) else "" if value in (None, []) else escape(str(value))), ""
 
 
 def _interval(bounds: Sequence[float | None]) -> str:

@@ -118,6 +118,11 @@ class Renderer:
             "max_length": max_length,
         }
 
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """The ingredients of a stored `fingerprint` that are others here."""
+        current = self.fingerprint(stored["max_length"])
+        return [name for name in stored if stored[name] != current.get(name)]
+
     def _find_end_of_turn(self) -> int:
         """The control token that the template puts behind an assistant turn, or the tokenizer's end of sequence."""
         answer = chr(_PRIVATE_USE[0])

@@ -95,3 +95,27 @@ def mean(values: Sequence[float]) -> Estimate:
     error = float(array.std(ddof=1) / np.sqrt(len(array)))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(array) - 1)) * error
     return Estimate(centre, centre - half, centre + half, len(array))
+
+
+def mean_of_means(strata: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of the means of several strata, each with the same weight, with a normal interval.
+
+    Its variance is that of independent samples: the sum of the strata's s² / n, over the square of their number
+    (Cochran 1977, eq. 5.7). A stratum with one value has no variance, and so there is no interval: it is NaN.
+
+    Raises:
+        ValueError: there is no stratum, or one is empty.
+
+    >>> print(mean_of_means([[0.0, 1.0], [1.0, 1.0]]))
+    0.750 [0.260, 1.240], n = 4
+    """
+    if not strata or not all(map(len, strata)):
+        raise ValueError("A mean of nothing is undefined: there is no value in a stratum.")
+    arrays = [np.asarray(values, dtype=float) for values in strata]
+    centre = float(np.mean([array.mean() for array in arrays]))
+    count = sum(map(len, arrays))
+    if min(map(len, arrays)) == 1:
+        return Estimate(centre, math.nan, math.nan, count)
+    error = math.sqrt(sum(float(array.var(ddof=1)) / len(array) for array in arrays)) / len(arrays)
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * error
+    return Estimate(centre, centre - half, centre + half, count)

@@ -754,6 +754,7 @@ HELPS = [
     (f"{CLI} reward-model --help", "--center_rewards_coefficient"),
     (f"{CLI} rloo --help", "--rloo_k"),
     (f"{CLI} demo --help", "--seed"),
+    (f"{CLI} evaluate --help", "--benchmark_path"),
     (f"{CLI} data --help", "--skip_bad_rows"),
 ]
 

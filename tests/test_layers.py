@@ -40,7 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data", "rendering", "packing"}),
     frozenset({"model"}),
     frozenset({"training", "evaluation", "serving", "report"}),
-    frozenset({"pipeline", "steps", "stages", "cli", "console", "demo", "data_command"}),
+    frozenset({"pipeline", "steps", "stages", "cli", "console", "demo", "data_command", "evaluate_command"}),
 )
 # The parts of this layer meet through the run directory and never import each other.
 SEPARATE = LAYERS[3]
@@ -64,6 +64,7 @@ LIGHT = frozenset(
         "cli",
         "demo",
         "data_command",
+        "evaluate_command",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})

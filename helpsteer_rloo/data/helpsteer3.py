@@ -8,12 +8,12 @@ import hashlib
 import html
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
+from helpsteer_rloo.data.fields import FieldReader, shown
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, locate, read_rows
 from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup, Role, Split
 from helpsteer_rloo.knobs import DataKnobs
@@ -21,12 +21,8 @@ from helpsteer_rloo.knobs import DataKnobs
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6});")
 """Entities are decoded only when written in full, so that `?a=1&copy=2` stays as it is."""
 
-_NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 _BLANK = re.compile(r"[\s\u200b\u200c\u200d\u2060\ufeff]*")
 """Whitespace, and the characters of no width, which `str.strip` leaves."""
-_LONGEST_VALUE = 40
-LONGEST_TEXT = 10_000_000
-"""Characters of the longest text that is taken: about 2.5 million tokens, which no model reads; more is damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +104,7 @@ def read_all(files: Iterable[RowFile], knobs: DataKnobs, counts: Counts) -> Iter
 def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
     if isinstance(raw.content, BadRowError):
         raise raw.content
-    check = _FieldReader(raw)
+    check = _RowReader(raw)
     row = Row(
         index=counts.rows,
         split=raw.file.split,
@@ -123,31 +119,8 @@ def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
     return decoded
 
 
-@dataclass(frozen=True, slots=True)
-class _FieldReader:
-    """Reads the fields of one row, raising `BadRowError` with file, line and field."""
-
-    raw: RawRow
-
-    def bad(self, name: str, reason: str) -> BadRowError:
-        return BadRowError(str(self.raw.file.path), self.raw.line, name, reason)
-
-    def value(self, record: Any, name: str, path: str = "") -> Any:
-        if not isinstance(record, dict):
-            raise self.bad(path.rstrip("."), f"expected an object, got {type(record).__name__}")
-        if name not in record:
-            raise self.bad(path + name, "missing")
-        return record[name]
-
-    def text(self, record: Any, name: str, path: str = "") -> str:
-        value = self.value(record, name, path)
-        if not isinstance(value, str):
-            raise self.bad(path + name, f"expected a string, got {type(value).__name__}")
-        if len(value) > LONGEST_TEXT:
-            raise self.bad(path + name, f"holds {len(value)} characters; expected at most {LONGEST_TEXT}")
-        if _NOT_TEXT.search(value):
-            raise self.bad(path + name, "holds a NUL or an unpaired surrogate, which is not text")
-        return value
+class _RowReader(FieldReader):
+    """Reads the fields that HelpSteer3's schema has besides texts."""
 
     def context(self) -> tuple[Message, ...]:
         turns = self.value(self.raw.content, "context")
@@ -158,7 +131,7 @@ class _FieldReader:
             path = f"context[{number}]."
             role = self.text(turn, "role", path)
             if role not in get_args(Role):
-                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {_shown(role)}")
+                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {shown(role)}")
             messages.append(Message(role, self.text(turn, "content", path)))  # type: ignore[arg-type]
         return tuple(messages)
 
@@ -166,13 +139,8 @@ class _FieldReader:
         value = self.value(self.raw.content, "overall_preference")
         whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
         if not whole or not -3 <= value <= 3:
-            raise self.bad("overall_preference", f"expected a whole number from -3 to 3, got {_shown(value)}")
+            raise self.bad("overall_preference", f"expected a whole number from -3 to 3, got {shown(value)}")
         return int(value)
-
-
-def _shown(value: Any) -> str:
-    text = reprlib.repr(value)
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 def _decode_entities(row: Row, where: str) -> Row:

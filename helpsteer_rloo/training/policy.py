@@ -122,10 +122,8 @@ def check_rendering(own: RLOOKnobs, record: dict[str, Any], tokenizer: PreTraine
         raise ValueError(
             f"The reward model in {own.reward_model_path} was trained {mode} --thinking; give the same setting here."
         )
-    stored = record["rendering"]
     renderer = Renderer(tokenizer, thinking=record["thinking"])
-    current = renderer.fingerprint(stored["max_length"])
-    different = [name for name in stored if stored[name] != current.get(name)]
+    different = renderer.differences(record["rendering"])
     if different:
         raise ValueError(
             f"The reward model in {own.reward_model_path} was trained with another rendering than the policy's: "
