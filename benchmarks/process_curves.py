@@ -25,8 +25,8 @@ from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.running import train_to_the_end
 
 SHAPE = DemoBaseSettings(hidden_size=32, intermediate_size=64, layers=2, heads=2, key_value_heads=1, head_dim=16)
-PAIRS, STEP = 30, 8
-"""Pairs of an epoch, and of a step: the last one has six."""
+PAIRS, STEP = 25, 8
+"""Pairs of an epoch, and of a step: the last one has a single pair, so that all processes but one have none in it."""
 PROMPTS, SAMPLES, GROUP = 12, 16, 4
 SHARDS = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 """Whether `accelerate launch` was given a configuration with FSDP."""

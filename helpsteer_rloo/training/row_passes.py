@@ -149,8 +149,9 @@ class RowPasses:
     def _together(self, model: nn.Module, batch: MicroBatch[AnyRow, Found]) -> tuple[Tensor, list[Found]]:
         """The same with several processes; the trainer sends the last row backward.
 
-        Under DDP gradients are synchronized over processes with the last row only. Under FSDP2 every pass exchanges
-        weights and gradients, so processes with fewer rows than others join in with idle ones.
+        Under DDP gradients are synchronized over processes with the last row only, for which a process without any
+        takes an idle one. Under FSDP2 every pass exchanges weights and gradients, so processes with fewer rows than
+        others join in with idle ones.
         """
         found: list[Found] = []
 
@@ -161,11 +162,8 @@ class RowPasses:
 
         losses: list[Callable[[], Tensor]] = [lambda row=row: loss_of(row) for row in batch.rows]
         sharded = is_sharded(model)
-        if sharded:
-            idle = most_of_all(self._trainer, len(batch.rows)) - len(batch.rows)
-            losses += [lambda: batch.output_of(IDLE_ROW).sum() * 0.0] * idle
-        if not losses:
-            return next(p for p in model.parameters() if p.requires_grad).sum() * 0.0, found
+        passes = most_of_all(self._trainer, len(batch.rows)) if sharded else 1
+        losses += [lambda: batch.output_of(IDLE_ROW).sum() * 0.0] * (passes - len(batch.rows))
         *earlier, last = losses
         done = torch.zeros((), device=self._trainer.args.device)
         # Under FSDP2 gradients that are not exchanged would be kept whole; and the exchange overlaps with work.
