@@ -158,6 +158,7 @@ def main() -> None:
     found = {stage: curves(stage, options.directory, options.steps) for stage in LOGGED}
     if os.environ.get("RANK", "0") == "0":
         (options.directory / "curves.json").write_text(json.dumps(found))
+    PartialState().destroy_process_group()  # whose threads may otherwise abort the process as it ends
 
 
 if __name__ == "__main__":
