@@ -1,15 +1,16 @@
 """The run: the stages over one record, from preferences to a judged policy."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.config import PipelineSettings, Settings
 from helpsteer_rloo.console import results_table, say, show
+from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
-from helpsteer_rloo.processes import is_main_process
+from helpsteer_rloo.processes import is_main_process, process_count
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model
 from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
@@ -56,9 +57,14 @@ def _record_beside(output_dir: str) -> RunDir:
     return RunDir(path.with_name(path.name + ".run"))
 
 
-def _only_process(run: RunDir) -> AbstractContextManager[None]:
-    """The lock of a run, held by its main process."""
-    return locked(run.lock) if is_main_process() else nullcontext()
+@contextmanager
+def _only_process(run: RunDir) -> Generator[None]:
+    """The lock of a run, held by its main process, which shows that it lives if others wait for it."""
+    if not is_main_process():
+        yield
+        return
+    with locked(run.lock), beating(run.heartbeat) if process_count() > 1 else nullcontext():
+        yield
 
 
 def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> None:

@@ -51,6 +51,11 @@ class RunDir:
         return self.root / ".lock"
 
     @property
+    def heartbeat(self) -> Path:
+        """Touched by that process for as long as it lives, where others wait for it."""
+        return self.root / ".heartbeat"
+
+    @property
     def data_report(self) -> Path:
         """Counts of the data, by split, domain, strength and reason."""
         return self.root / "data.json"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.heartbeat import LIMIT, Watch
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.run_dir import STAGE_MARKER, RunDir, fingerprint, read_json, read_record, set_aside, write_json
 
@@ -177,7 +178,19 @@ def _begin(run: RunDir, stage: Stage, key: str, say: Say) -> bool:
 
 
 def _wait_for(run: RunDir, stage: Stage, key: str) -> None:
+    """Wait until the main process has finished a stage.
+
+    Raises:
+        ValueError: it has ended, or cannot be seen any more.
+    """
+    watch = Watch(run.heartbeat)
     while not is_finished(run, stage, key):
+        if watch.has_lost_it():
+            raise ValueError(
+                f"The main process has given no sign of life in {run.heartbeat} for {LIMIT:.0f} seconds, and stage "
+                f"{stage.name} is not finished, so this process stops too. The main one's output has the reason. The "
+                "same command goes on from what is finished."
+            )
         time.sleep(1.0)
 
 

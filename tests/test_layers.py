@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "checks",
             "checkpoints",
             "flags",
+            "heartbeat",
             "parsing",
             "run_dir",
             "preemption",

@@ -1,9 +1,12 @@
 """Stages: run once, again when something changed, gone on with after an interruption, never over foreign files."""
 
 import os
+import threading
+import time
 
 import pytest
 
+from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.run_dir import RunDir, read_json
 from helpsteer_rloo.stages import Stage, run_stages, seconds_by_stage
 
@@ -315,3 +318,27 @@ def test_another_process_waits_for_the_main_one_and_runs_only_what_is_distribute
     assert ranks == [("alone", "0"), ("shared", "1"), ("shared", "0")]
     assert outputs == {"alone": {"by": "0"}, "shared": {"by": "0"}}
     assert world.said == ["Stage alone.", "Stage shared."]
+
+
+@pytest.mark.parametrize("seconds", [0, 2.5])
+def test_a_process_whose_main_one_is_gone_stops_and_says_so(world, monkeypatch, seconds):
+    """Gone from the start, or after a few beats."""
+    monkeypatch.setattr("helpsteer_rloo.heartbeat.EVERY", 0.2)
+    monkeypatch.setattr("helpsteer_rloo.heartbeat.LIMIT", 1.5)
+    monkeypatch.setenv("RANK", "1")
+    world.root.joinpath("run").mkdir()
+
+    def live():
+        with beating(world.run.heartbeat):
+            time.sleep(seconds)
+
+    main_process = threading.Thread(target=live)
+    begin = time.monotonic()
+    if seconds:
+        main_process.start()
+    with pytest.raises(ValueError, match=r"The main process has given no sign of life in .*stage data is not finished"):
+        run_stages(world.run, world.stages(), world.said.append)
+    assert seconds + 1 < time.monotonic() - begin < seconds + 10
+    assert world.ran == world.said == []
+    if seconds:
+        main_process.join()
