@@ -122,13 +122,14 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
         from helpsteer_rloo.evaluation.reload import check_reload
         from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
+        from helpsteer_rloo.training.lost_processes import lost_processes_explained
         from helpsteer_rloo.training.reward import train_reward_model
         from helpsteer_rloo.training.trl_configs import passed_on_explained
 
         check_base(context.model, context.tokenizer, trust_remote_code=context.trust_remote_code)
         prepared = context.prepared
         probes = [list(g.sequence(i)) for g in prepared.groups["validation"] for i in range(2)][:PROBES]
-        with passed_on_explained(settings.trl):
+        with passed_on_explained(settings.trl), lost_processes_explained(settings.own.output_dir):
             training = train_reward_model(
                 settings, context.tokenizer, prepared.groups["train"], prepared.groups["validation"], probes
             )
@@ -222,6 +223,7 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         from helpsteer_rloo.evaluation.cards import policy_card
         from helpsteer_rloo.model.loading import check_base, load_tokenizer
         from helpsteer_rloo.model.memory import release
+        from helpsteer_rloo.training.lost_processes import lost_processes_explained
         from helpsteer_rloo.training.policy import train_policy
         from helpsteer_rloo.training.trl_configs import passed_on_explained
 
@@ -234,7 +236,7 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         tokenizer = load_tokenizer(model, revision, trust_remote_code=trusted) if other else context.tokenizer
         check_base(model, tokenizer, trust_remote_code=trusted)
         groups = context.prepared.corpus.groups
-        with passed_on_explained(settings.trl):
+        with passed_on_explained(settings.trl), lost_processes_explained(settings.own.output_dir):
             training = train_policy(settings, tokenizer, groups["train"], groups["validation"])
         release()
         if not is_main_process():

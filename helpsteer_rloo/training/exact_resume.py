@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +46,7 @@ class ResumesExactly(Trainer):
             return
         others = sorted(Path(checkpoint).glob("position-*-of-*.safetensors"))
         if others:
-            self._take_over([read_position(other, self.args.device).values for other in others])
+            self._take_over([read_position(other, self.args.device) for other in others])
         warnings.warn(
             f"{checkpoint} was saved by {len(others)} of this tool's processes, and {self.args.world_size} go on from "
             "it. What was trained stays, and so does the order of the data, but not random states and a batch of "
@@ -69,15 +69,19 @@ class ResumesExactly(Trainer):
 
     def _go_on_from(self, position: Position) -> None:
         """Take over what a checkpoint kept."""
-        self._take_over([position.values])
+        self._take_over([position])
 
-    def _take_over(self, processes: Sequence[Mapping[str, Any]]) -> None:
-        """Take over sums behind metrics; all are the same on every process but the loss, whose mean is logged."""
-        losses = [values["loss_since_logged"] for values in processes]
+    def _take_over(self, positions: Sequence[Position]) -> None:
+        """Take over what does not depend on the number of processes, from the positions of all or of this one.
+
+        Sums behind metrics are the same on every process but the loss, whose mean is logged.
+        """
+        losses = [position.values["loss_since_logged"] for position in positions]
         self._tr_loss = torch.tensor(sum(losses) / len(losses), device=self.args.device)
-        self._globalstep_last_logged = processes[0]["last_logged"]
-        self._metrics["train"].update(processes[0]["metrics"])
-        self._total_train_tokens = processes[0]["train_tokens"]
+        values = positions[0].values
+        self._globalstep_last_logged = values["last_logged"]
+        self._metrics["train"].update(values["metrics"])
+        self._total_train_tokens = values["train_tokens"]
 
 
 def write_position(path: Path, position: Position) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from transformers import Trainer
+
+from helpsteer_rloo.processes import process_count
 
 _SIGNS = (
     "Connection closed by peer",
@@ -18,8 +19,11 @@ _SIGNS = (
 
 
 @contextmanager
-def lost_processes_explained(trainer: Trainer) -> Generator[None]:
+def lost_processes_explained(directory: str) -> Generator[None]:
     """Within, processes work together; where one of them is gone, the others say so instead of gloo or NCCL.
+
+    Args:
+        directory: Of the checkpoints to go on from.
 
     Raises:
         ValueError: one is gone.
@@ -27,12 +31,12 @@ def lost_processes_explained(trainer: Trainer) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if trainer.args.world_size == 1 or not (isinstance(error, dist.DistError) or _tells_of_a_lost_process(error)):
+        if process_count() == 1 or not (isinstance(error, dist.DistError) or _tells_of_a_lost_process(error)):
             raise
         raise ValueError(
-            f"Another of the {trainer.args.world_size} processes has ended or cannot be reached, so this one stops too "
+            f"Another of the {process_count()} processes has ended or cannot be reached, so this one stops too "
             f"({str(error).strip().splitlines()[-1]}). The other's output has the reason. The same command goes on "
-            f"from the last checkpoint in {trainer.args.output_dir}, if there is one."
+            f"from the last checkpoint in {directory}, if there is one."
         ) from error
 
 

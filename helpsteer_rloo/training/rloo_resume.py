@@ -1,6 +1,6 @@
 """Going on exactly inside a batch of rollouts, and in later epochs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -49,11 +49,14 @@ class ResumingRLOOTrainer(ResumesExactly, trl.RLOOTrainer):
     def _go_on_from(self, position: Position) -> None:
         super()._go_on_from(position)
         self._step = position.values["micro_batches"]
-        if self._moving_reference is not None:
-            self._moving_reference.load_state_dict(_named(position.tensors, _REFERENCE))
         if "buffered" in position.values:
             parts = range(position.values["buffered"])
             self._buffered_inputs: Any = [_named(position.tensors, f"{number}.") for number in parts]
+
+    def _take_over(self, positions: Sequence[Position]) -> None:
+        super()._take_over(positions)
+        if self._moving_reference is not None:
+            self._moving_reference.load_state_dict(_named(positions[0].tensors, _REFERENCE))
 
     @property
     def _moving_reference(self) -> nn.Module | None:

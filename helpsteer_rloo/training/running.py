@@ -7,9 +7,8 @@ from transformers import Trainer
 
 from helpsteer_rloo.checkpoints import full_disk_explained, step_of
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
-from helpsteer_rloo.training.lost_processes import lost_processes_explained
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
-from helpsteer_rloo.training.sharding import save_finished
+from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
 
 
@@ -26,14 +25,17 @@ def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int]
 
     Raises:
         Stopped: a signal asked for that.
-        ValueError: there were too many bad steps in a row, there is no room on the disk, or another process is gone.
+        ValueError: there were too many bad steps in a row, there is no room on the disk, or the checkpoint is one of
+            another engine.
     """
     directory = str(trainer.args.output_dir)
     checkpoint = checkpoint_to_go_on_from(directory)
+    if checkpoint:
+        refuse_other_engine(trainer, checkpoint)
     seal_checkpoints(trainer)
     bad_steps = skip_bad_steps(trainer, max_bad_steps)
     begin(step_of(checkpoint) if checkpoint else 0)
-    with stopping_on_request(trainer), full_disk_explained(Path(directory)), lost_processes_explained(trainer):
+    with stopping_on_request(trainer), full_disk_explained(Path(directory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return bad_steps.total
 

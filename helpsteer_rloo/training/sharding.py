@@ -1,10 +1,14 @@
 """What trainers need where FSDP2 shares the weights out over processes."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+
+_FSDP_WEIGHTS = "pytorch_model_fsdp*"
+"""In a checkpoint: what accelerate saves under FSDP, in one file or in parts."""
 
 
 def refuse_lone_loading(trainer: Trainer) -> None:
@@ -21,6 +25,22 @@ def refuse_lone_loading(trainer: Trainer) -> None:
             "Set fsdp_cpu_ram_efficient_loading to false, as configs/accelerate/fsdp2.yaml does. With it only the "
             "first process of a machine loads weights, and models that FSDP does not hold are noise on the others."
         )
+
+
+def refuse_other_engine(trainer: Trainer, checkpoint: Path) -> None:
+    """Refuse a checkpoint that FSDP saved where it is not used, and one that it did not save where it is.
+
+    Raises:
+        ValueError: it is one.
+    """
+    saved, used = any(checkpoint.glob(_FSDP_WEIGHTS)), trainer.is_fsdp_enabled
+    if saved == used:
+        return
+    were, are = (("with" if fsdp else "without") + " FSDP" for fsdp in (saved, used))
+    raise ValueError(
+        f"{checkpoint} was saved {were}, and this run is {are}: weights and optimizer lie in other files. Launch it as "
+        f"before ({'any number of processes will do' if saved else 'or in one process'}), or give another --output_dir."
+    )
 
 
 def most_of_all(trainer: Trainer, count: int) -> int:

@@ -1,5 +1,7 @@
 """A run that goes on from the checkpoint of any step ends as the one that was not stopped: the same bits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trl
@@ -9,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
 from helpsteer_rloo.training.reward import RewardConfig, RewardTrainer
+from helpsteer_rloo.training.sharding import refuse_other_engine
 from tests.training.test_pairs import pair_rows
 from tests.training.test_rloo import PROMPTS, K, make_trainer
 
@@ -132,3 +135,33 @@ def test_a_checkpoint_without_a_position_of_this_process_is_reported(tiny_base, 
     with pytest.warns(UserWarning, match=f"was saved by {others} of this tool's processes, and 1 go on"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer._step == 6  # two micro-batches a step, as if it had taken the first one as well
+
+
+def test_a_reference_that_moves_is_where_it_was_for_another_number_of_processes(tiny_base, tokenizer, tmp_path):
+    def make():
+        settings = {**SAVING, "max_steps": 3, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2}
+        return make_trainer(tiny_base, tokenizer, tmp_path, **settings)
+
+    whole = make()
+    began = [parameter.clone() for parameter in whole.ref_model.parameters()]
+    whole.train()
+    position = tmp_path / "checkpoint-2" / "position-0-of-1.safetensors"
+    for rank in range(2):
+        position.with_name(f"position-{rank}-of-2.safetensors").write_bytes(position.read_bytes())
+    position.unlink()
+    resumed = make()
+    with pytest.warns(UserWarning, match=r"was saved by 2 of this tool's processes, and 1 go on"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    moved = list(whole.ref_model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(began, moved, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moved, resumed.ref_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path, saved):
+    if saved:
+        (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    same, other = (SimpleNamespace(is_fsdp_enabled=used) for used in (saved, not saved))
+    refuse_other_engine(same, tmp_path)
+    with pytest.raises(ValueError, match=r"was saved with(out)? FSDP, and this run is with"):
+        refuse_other_engine(other, tmp_path)

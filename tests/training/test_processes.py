@@ -97,11 +97,13 @@ class Killed(TrainerCallback):
 
 def train(stage, directory):
     from benchmarks.process_curves import trainer_of
+    from helpsteer_rloo.training.lost_processes import lost_processes_explained
     from helpsteer_rloo.training.running import train_to_the_end
 
-    trainer = trainer_of(stage, Path(directory), steps=8)
-    trainer.add_callback(Killed())
-    train_to_the_end(trainer, max_bad_steps=0)
+    with lost_processes_explained(directory):
+        trainer = trainer_of(stage, Path(directory), steps=8)
+        trainer.add_callback(Killed())
+        train_to_the_end(trainer, max_bad_steps=0)
 
 
 if __name__ == "__main__":
