@@ -27,13 +27,19 @@ from helpsteer_rloo.training.running import train_to_the_end
 SHAPE = DemoBaseSettings(hidden_size=32, intermediate_size=64, layers=2, heads=2, key_value_heads=1, head_dim=16)
 PAIRS, STEP = 25, 8
 """Pairs of an epoch, and of a step: the last one has a single pair, so that all processes but one have none in it."""
-PROMPTS, SAMPLES, GROUP = 12, 16, 4
+EVALUATED, EVERY = 5, 4
+"""Pairs of an evaluation, which are not a whole batch, and the steps between two."""
+PROMPTS, SAMPLES, GROUP = 24, 16, 4
+"""Prompts, completions of a mini-batch and of a prompt; a batch of rollouts is two mini-batches, each used twice."""
 SHARDS = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
 """Whether `accelerate launch` was given a configuration with FSDP."""
 ROWS = {"reward": 40, "rloo": 60}
 """Tokens: so few that processes have different numbers of rows in a micro-batch, some of them none."""
 LOGGED = {
-    "reward": ("loss", "accuracy", "margin", "min_reward", "max_reward", "num_tokens", "grad_norm"),
+    "reward": (
+        *("loss", "accuracy", "margin", "min_reward", "max_reward", "num_tokens", "grad_norm"),
+        *("eval_loss", "eval_accuracy", "eval_margin", "eval_mean_reward"),
+    ),
     "rloo": ("loss", "objective", "kl_per_completion", "entropy", "grad_norm"),
 }
 
@@ -87,6 +93,7 @@ def settings(stage: str, directory: Path, steps: int) -> dict[str, Any]:
         "max_steps": steps,
         "num_train_epochs": steps,
         "per_device_train_batch_size": (SAMPLES if stage == "rloo" else STEP // 2) // world,
+        "per_device_eval_batch_size": STEP // world,
         "gradient_accumulation_steps": 1 if stage == "rloo" else 2,
         "packed_tokens": ROWS[stage],
         "learning_rate": 0.05,
@@ -113,12 +120,19 @@ def trainer_of(stage: str, directory: Path, steps: int) -> RewardTrainer | RLOOT
     if stage == "reward":
         return RewardTrainer(
             model=model,
-            args=on_cpu(RewardConfig(max_length=None, **own)),
+            args=on_cpu(RewardConfig(max_length=None, eval_strategy="steps", eval_steps=EVERY, **own)),
             train_dataset=pairs(),
+            eval_dataset=pairs().select(range(EVALUATED)),
             processing_class=tokenizer,
             peft_config=LoraConfig(task_type="SEQ_CLS", **adapter),
         )
-    own |= {"num_generations": GROUP, "num_iterations": 2, "max_completion_length": 6, "beta": 0.1}
+    own |= {
+        "num_generations": GROUP,
+        "num_iterations": 2,
+        "steps_per_generation": 2,
+        "max_completion_length": 6,
+        "beta": 0.1,
+    }
     return RLOOTrainer(
         model=model,
         reward_funcs=reward,
@@ -145,8 +159,10 @@ def curves(stage: str, directory: Path, steps: int) -> list[dict[str, float]]:
     train_to_the_end(trainer, max_bad_steps=0)
     if is_sharded(trainer.model) != SHARDS:
         raise SystemExit("The weights are shared out although they should not be, or the other way round.")
-    logged = [row for row in trainer.state.log_history if "grad_norm" in row]
-    return [{name: row[name] for name in LOGGED[stage] if name in row} for row in logged]
+    by_step: dict[int, dict[str, float]] = {}
+    for row in trainer.state.log_history:
+        by_step.setdefault(row["step"], {}).update(row)
+    return [{name: row[name] for name in LOGGED[stage] if name in row} for row in by_step.values()]
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from helpsteer_rloo.config import PipelineSettings, Settings
+from helpsteer_rloo.config import PipelineSettings, Settings, flags_named_of
 from helpsteer_rloo.knobs import RLOOKnobs
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
@@ -106,8 +106,10 @@ def check_pipeline(settings: PipelineSettings) -> None:
         ValueError: they do not.
     """
     own = settings.own
-    check_training(settings.reward)
-    check_rloo(settings.rloo)
+    with flags_named_of("reward"):
+        check_training(settings.reward)
+    with flags_named_of("rloo"):
+        check_rloo(settings.rloo)
     for name in ("evaluation_prompts", "evaluation_batch_size"):
         if getattr(own, name) < 1:
             raise ValueError(f"--{name} is {getattr(own, name)}; expected at least 1.")

@@ -160,6 +160,7 @@ def guarded(work: Callable[[], None]) -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         work()
+        _leave_processes()
     except Stopped as stopped:
         print(f"\n{stopped} Give the same command again to go on.", file=sys.stderr)
         sys.exit(STOPPED)
@@ -175,6 +176,16 @@ def guarded(work: Callable[[], None]) -> None:
         _fail(f"{error}\n{_OUT_OF_MEMORY}", 1)
     except KeyboardInterrupt:
         _fail("Interrupted. Give the same command again to go on from the last checkpoint.", INTERRUPTED)
+
+
+def _leave_processes() -> None:
+    """Leave the group of processes, whose threads may otherwise abort this one as it ends, its work done."""
+    if "torch.distributed" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -1,7 +1,9 @@
 """The commands: their knobs, TRL's flags beside them, this project's defaults for these, and the settings given."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -183,6 +185,24 @@ PIPELINE = CommandSpec(
 )
 
 SECTIONS: dict[Literal["reward", "rloo"], CommandSpec[Any]] = {"reward": REWARD, "rloo": RLOO}
+
+
+@contextmanager
+def flags_named_of(stage: Literal["reward", "rloo"]) -> Generator[None]:
+    """Within, errors name flags of a stage as the pipeline takes them: --reward.FLAG, unless FLAG is also its own.
+
+    Raises:
+        ValueError: as within, with these names.
+    """
+    names = set(SECTIONS[stage].flag_names()) - set(PIPELINE.flag_names())
+
+    def of_stage(found: re.Match[str]) -> str:
+        return f"--{stage}.{found[1]}" if found[1] in names else found[0]
+
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"--(\w+)\b(?!\.)", of_stage, str(error))) from None
 
 
 @dataclass(frozen=True)

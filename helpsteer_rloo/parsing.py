@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.checks import check_pipeline
-from helpsteer_rloo.config import PIPELINE, SECTIONS, CommandSpec, Knobs, PipelineSettings, Settings
+from helpsteer_rloo.config import PIPELINE, SECTIONS, CommandSpec, Knobs, PipelineSettings, Settings, flags_named_of
 from helpsteer_rloo.flags import FlagParser, FlagValue, read_yaml
 from helpsteer_rloo.knobs import DEFAULT_POLICY_DIR, DEFAULT_REWARD_MODEL_DIR, DataKnobs, PipelineKnobs
 
@@ -81,8 +81,9 @@ def pipeline_settings(
         if not isinstance(section, Mapping):
             raise ValueError(f"{source}: {name}: expected a mapping from flag names to values.")
         _refuse_handed_down(name, [*section, *of_stage])
-        command.resolve(section, source=f"{source}: {name}")
-        stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
+        with flags_named_of(name):
+            command.resolve(section, source=f"{source}: {name}")
+            stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
     return PipelineSettings(own, stages["reward"], stages["rloo"])
 
 

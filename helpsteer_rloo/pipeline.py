@@ -1,8 +1,9 @@
 """The run: the stages over one record, from preferences to a judged policy."""
 
+import shlex
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from helpsteer_rloo.steps import (
     verification_stage,
 )
 
+OF_BOTH_TRAININGS = ("model_name_or_path", "model_revision", "trust_remote_code", "dtype", "use_peft", "seed")
+
 
 def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     """`reward_model_training.py`: data, reward model, verification; the record is kept beside the model."""
@@ -36,10 +39,7 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     say(f"The reward model is in {settings.own.output_dir}.")
     if not outputs["verification"]["better_than_chance"]:
         say("WARNING: " + _weakness(outputs["verification"]) + "RLOO against it would train the policy on noise.")
-    given = _unlike_default(settings.own, ("dataset_name", "dataset_subset", "language", "thinking"))
-    given += f" --model_name_or_path {context.model}" if context.model != DEFAULT_MODEL else ""
-    given += " --use_peft" if settings.trl.get("use_peft") else ""
-    say(f"Next: python rloo_helpsteer_training.py --reward_model_path {settings.own.output_dir}{given}")
+    say(f"Next: {rloo_command(settings)}")
 
 
 def run_rloo(settings: Settings[RLOOKnobs]) -> None:
@@ -182,16 +182,20 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
 def _say_next(settings: PipelineSettings, run: RunDir) -> None:
     say(f"All results: {run.summary}")
     if settings.own.reward_model_only:
-        data = ("dataset_name", "dataset_subset", "language", "thinking")
-        given = _unlike_default(settings.own, (*data, "model_name_or_path", "use_peft", "output_dir"))
-        directory = settings.rloo.own.reward_model_path
-        say(f"Next: python train_pipeline.py --rloo_only --reward_model_dir {directory}{given}")
+        say("Next: the same command with --reward_model_only false; what is finished is not run again.")
     else:
         say(f"Answers before and after, side by side: {run.samples}")
         say(f"The policy is in {settings.rloo.own.output_dir}; every rollout is in {settings.rloo.own.rollouts_dir}")
 
 
-def _unlike_default(knobs: DataKnobs, names: Sequence[str]) -> str:
-    """The flags among `names` that were given another value than their default, for a command line."""
-    changed = {name: getattr(knobs, name) for name in names if getattr(knobs, name) != getattr(type(knobs)(), name)}
-    return "".join(f" --{name}" + ("" if value is True else f" {value}") for name, value in changed.items())
+def rloo_command(settings: Settings[RewardKnobs]) -> str:
+    """The command that goes on from a reward model, with what both trainings share and was not left at its default."""
+    names = (field.name for field in fields(DataKnobs))
+    given = {name: getattr(settings.own, name) for name in names}
+    shared = {name: value for name, value in given.items() if value != getattr(RewardKnobs(), name)}
+    trl, own_default = settings.trl, {"model_name_or_path": DEFAULT_MODEL}
+    shared |= {name: trl[name] for name in OF_BOTH_TRAININGS if name in trl and trl[name] != own_default.get(name)}
+    words = ["python", "rloo_helpsteer_training.py", "--reward_model_path", settings.own.output_dir]
+    for name, value in shared.items():
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)

@@ -17,8 +17,9 @@ from helpsteer_rloo.checks import check_rloo
 from helpsteer_rloo.config import PIPELINE, REWARD, RLOO
 from helpsteer_rloo.demo import demo_settings, parse_demo
 from helpsteer_rloo.flags import read_yaml, trl_flags, unknown_name
-from helpsteer_rloo.knobs import EngineKnobs, PipelineKnobs, RLOOKnobs
+from helpsteer_rloo.knobs import DEFAULT_REWARD_MODEL_DIR, DataKnobs, EngineKnobs, PipelineKnobs, RLOOKnobs
 from helpsteer_rloo.parsing import parse_command, parse_pipeline, pipeline_settings
+from helpsteer_rloo.pipeline import OF_BOTH_TRAININGS, rloo_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ("TrainingArguments", "BaseConfig")
@@ -809,3 +810,31 @@ def test_vllm_that_is_not_installed_is_refused_before_any_work(refused, monkeypa
 
 def rloo_checked(argv):
     return parse_command(RLOO, argv, checks=[check_rloo])
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--rloo.kl_coef=-1"], "--rloo.kl_coef is -1"),
+        (["--rloo.rloo_k=3"], r"which is no multiple of --rloo.rloo_k 3"),
+        (["--reward.lora_r=0"], "--reward.lora_r is 0"),
+        (["--total_episodes=0"], "--total_episodes is 0"),
+        (["--engine=other"], "--engine is 'other'"),
+    ],
+)
+def test_the_pipeline_names_flags_of_its_stages_as_it_takes_them(refused, argv, named):
+    assert named in refused(parse_pipeline, argv)
+
+
+def test_the_command_suggested_after_reward_training_has_the_same_data_and_model(capsys):
+    argv = ["--dataset_name=my prefs.jsonl", "--max_length=512", "--thinking", "--validation_fraction=0.2", "--seed=7"]
+    argv += ["--domains=general", "--skip_bad_rows", "--model_name_or_path=my/model", "--use_peft", "--dtype=bfloat16"]
+    reward = parse_command(REWARD, [*argv, "--output_dir=here", "--learning_rate=1"])
+    rloo = parse_command(RLOO, shlex.split(rloo_command(reward))[2:])
+    assert rloo.own.reward_model_path == "here"
+    assert all(getattr(rloo.own, f.name) == getattr(reward.own, f.name) for f in dataclasses.fields(DataKnobs))
+    assert rloo.trl == RLOO.resolve({name: reward.trl[name] for name in OF_BOTH_TRAININGS if name in reward.trl}).trl
+    untouched = parse_command(REWARD, [])
+    assert (
+        rloo_command(untouched) == f"python rloo_helpsteer_training.py --reward_model_path {DEFAULT_REWARD_MODEL_DIR}"
+    )

@@ -126,7 +126,8 @@ def test_scoring_options_change_nothing_but_training_options_invalidate(finished
     assert len(read_rollouts(directory / "rollouts.previous")) == len(read_rollouts(directory / "rollouts")) == 16
 
 
-def test_only_the_reward_model_then_only_rloo(command, tmp_path, capsys):
+@pytest.mark.parametrize("rest", ["--rloo_only", "--reward_model_only=false"])
+def test_only_the_reward_model_then_the_rest(command, tmp_path, capsys, rest):
     model = tmp_path / "model"
     arguments = [
         *command,
@@ -136,8 +137,10 @@ def test_only_the_reward_model_then_only_rloo(command, tmp_path, capsys):
     ]
     cli.run_pipeline([*arguments, "--reward_model_only"])
     assert not (tmp_path / "run" / "policy").exists()
-    assert "Stage verification" in capsys.readouterr().out
-    cli.run_pipeline([*arguments, "--rloo_only"])
+    out = capsys.readouterr().out
+    assert "Stage verification" in out
+    assert "Next: the same command with --reward_model_only false" in out
+    cli.run_pipeline([*arguments, rest])
     out = capsys.readouterr().out
     assert "Stage rloo" in out
     assert "Stage reward_model" not in out
@@ -308,7 +311,7 @@ def test_a_reward_model_of_another_rendering_is_refused(finished, command, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rloo.rloo_k=3"], "no multiple of --rloo_k 3"),
+        (["--rloo.rloo_k=3"], "no multiple of --rloo.rloo_k 3"),
         (["--rloo.response_length=90"], "--response_length 90 leaves 6 tokens for the prompt"),
         (["--rloo.temperature=0"], "--temperature is 0.0; expected more than 0."),
         (["--reward_epochs=-1"], "--num_train_epochs is -1.0; expected more than 0."),

@@ -23,7 +23,7 @@ from helpsteer_rloo.model.sharding import is_sharded, whole_weights
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing
-from helpsteer_rloo.training.pairs import GroupSampler, PairBatch, PairRow, StepShape, collate_pairs, pack_pairs
+from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, StepShape, collate_pairs, pack_pairs
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.running import save_final, train_to_the_end
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
@@ -148,7 +148,8 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = inputs.get("batch")
         if batch is None:  # an evaluation, which takes no part in `get_batch_samples`
-            batch = PairBatch(pack_pairs(inputs["pairs"], self._passes.budget), 1 / len(inputs["pairs"]))
+            pairs = self._new_in_evaluation(inputs["pairs"])
+            batch = PairBatch(pack_pairs(pairs, self._passes.budget), 1 / max(1, len(pairs)))
         loss, rewards = self._passes.total(
             model,
             MicroBatch(
@@ -163,8 +164,17 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
             self._log_pairs()
         if not return_outputs:
             return loss
-        places = torch.tensor([place for pairs in batch.rows for place in pairs.places], device=loss.device)
-        return loss, {"logits": torch.cat(rewards)[places.argsort()]}
+        places = [place for pairs in batch.rows for place in pairs.places]
+        logits_P2 = rewards_P2.new_zeros(len(inputs.get("pairs", places)), 2)  # as many on every process, for gathering
+        logits_P2[places] = rewards_P2
+        return loss, {"logits": logits_P2}
+
+    def _new_in_evaluation(self, pairs: list[Pair]) -> list[Pair]:
+        """A process's pairs of an evaluation's batch without those that accelerate fills up the last one with."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return pairs
+        return pairs[: max(0, state.remainder - self.args.process_index * len(pairs))]
 
     def _row_loss(self, model: Any, pairs: PairRow, weight: float) -> tuple[Tensor, Tensor]:
         """The loss of a row's pairs, and their rewards `[P, 2]`, chosen and rejected."""

@@ -47,7 +47,7 @@ from helpsteer_rloo.training.rollouts import (
     Unit,
     lengths_of,
     rows_of,
-    shuffled_slices,
+    slices_of,
     sums_by_completion,
     units_of,
 )
@@ -201,7 +201,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
             once = self.num_iterations == 1 and per_generation == accumulation
             batch = self._rolled_out(generation_batch, fresh=once and not self.normalize_advantages)
             units = units_of(batch.rollout, self._group_size)
-            steps = shuffled_slices(units, max(1, per_generation // accumulation), accumulation, self._passes.budget)
+            shuffled = [units[i] for i in self._mini_batch_order(len(units))]
+            steps = slices_of(shuffled, self._mini_batches, accumulation, self._passes.budget)
             weight = per_generation / len(batch.rollout.prompts)
             self._slices = [TrainingSlice(batch, rows, weight) for step in steps for rows in step]
         return self._slices[self._step % per_generation]

@@ -18,14 +18,14 @@ from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
 from helpsteer_rloo.groups import Message
 from helpsteer_rloo.model.forward import scalar_head
 from helpsteer_rloo.model.roles import RewardRole
-from helpsteer_rloo.model.rollout import Completion
+from helpsteer_rloo.model.rollout import Completion, sequence_seed
 from helpsteer_rloo.objectives import kl_terms
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.training.kl_weight import KLWeight
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
 from helpsteer_rloo.training.rloo_config import RLOOConfig
 from helpsteer_rloo.training.rloo_resume import ResumingRLOOTrainer
-from helpsteer_rloo.training.rollouts import AdvantageRule, Rewards, Rollout, Scores
+from helpsteer_rloo.training.rollouts import AdvantageRule, Rewards, Rollout, Scores, mini_batch_order
 from helpsteer_rloo.training.scorer import RewardModelScorer
 
 
@@ -168,9 +168,28 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
             return super()._prepare_inputs(generation_batch)
         slices = cast(int, cast(trl.RLOOConfig, self.args).steps_per_generation)
         if not self._inside_a_batch or not self._buffered_inputs:
-            batch = shuffle_groups(self._generate_and_score_completions(generation_batch), self._group_size)
+            batch = self._shuffled(self._generate_and_score_completions(generation_batch))
             self._buffered_inputs = split_tensor_dict(cast(dict[str, Tensor | None], batch), slices)
         return self._buffered_inputs[self._step % slices]
+
+    @property
+    def _mini_batches(self) -> int:
+        """Optimizer steps in a pass over a batch of rollouts."""
+        args = cast(Any, self.args)
+        return max(1, args.steps_per_generation // args.gradient_accumulation_steps)
+
+    def _mini_batch_order(self, count: int) -> list[int]:
+        seed = sequence_seed(self.args.seed, self.state.global_step)
+        return mini_batch_order(count, self._mini_batches, seed, self.accelerator.process_index)
+
+    def _shuffled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch whose prompts are dealt to mini-batches anew; as it is if it does not hold all samples of each."""
+        count, rest = divmod(len(batch["advantages"]), self._group_size)
+        if rest:
+            return batch
+        order_P = torch.tensor(self._mini_batch_order(count))
+        order_B = (order_P[:, None] * self._group_size + torch.arange(self._group_size)).flatten()
+        return {name: tensor[order_B.to(tensor.device)] for name, tensor in batch.items()}
 
     # ---- rewards and advantages -------------------------------------------------------------------------------------
 
@@ -278,6 +297,7 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
         equal_P = (groups_PN - groups_PN[:, :1]).abs().nan_to_num(0.0).amax(1) < 1e-8
         metrics["frac_reward_zero_std"].append(equal_P.float().mean().item())
         metrics["missing_eos"].append(scores.unfinished_B.mean().item())
+        metrics["penalties"].append(self._rule.penalties(scores).mean().item())
         metrics["objective"].append(rewards.reward_B.nanmean().item())
         self._log_tables(rollout, rewards)
         if self._sampling_for_training and self.rollouts_dir is not None:
@@ -349,19 +369,6 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
 def gathered(local: Tensor) -> Tensor:
     """A tensor of all processes' values, joined along the first axis."""
     return cast(Tensor, gather(local))
-
-
-def shuffle_groups(batch: dict[str, Tensor], group_size: int) -> dict[str, Tensor]:
-    """Permute the rows of a batch of tensors by whole groups, so that a prompt's completions stay neighbours.
-
-    A local batch that does not hold whole groups (a prompt shared by several processes) is left in its order.
-    """
-    rows = len(batch["advantages"])
-    if rows % group_size:
-        return batch
-    order_P = torch.randperm(rows // group_size)
-    order_B = (order_P[:, None] * group_size + torch.arange(group_size)).flatten()
-    return {name: tensor[order_B.to(tensor.device)] for name, tensor in batch.items()}
 
 
 def has_images(inputs: Sequence[Mapping[str, Any]]) -> bool:

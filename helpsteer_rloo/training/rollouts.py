@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.rollout import Completion
+from helpsteer_rloo.model.rollout import Completion, sequence_seed
 from helpsteer_rloo.objectives import penalized_rewards, rloo_advantages
 from helpsteer_rloo.packing import PackedRow, pack
 from helpsteer_rloo.training.packed import deal
@@ -80,10 +80,13 @@ class AdvantageRule:
 
     def rewards(self, scores: Scores, kl_B: Tensor | None) -> Rewards:
         """Reward = score - penalties - beta * KL, then leave-one-out within each prompt."""
-        penalty_B = self.missing_eos_penalty * scores.unfinished_B + self.length_penalty * scores.length_B
-        reward_B = penalized_rewards(scores.score_B, penalty_B, kl_B, self.beta)
+        reward_B = penalized_rewards(scores.score_B, self.penalties(scores), kl_B, self.beta)
         advantage_PN = rloo_advantages(reward_B.view(-1, self.group_size), normalize=self.normalize)
         return Rewards(scores, kl_B, reward_B, advantage_PN.flatten())
+
+    def penalties(self, scores: Scores) -> Tensor:
+        """What is subtracted from each completion's score, `[B]`."""
+        return self.missing_eos_penalty * scores.unfinished_B + self.length_penalty * scores.length_B
 
 
 @dataclass(frozen=True)
@@ -182,20 +185,37 @@ def rows_of(units: Sequence[Unit], tokens: int | None) -> list[RolloutRow]:
     ]
 
 
-def shuffled_slices(units: Sequence[Unit], steps: int, slices: int, tokens: int | None) -> list[list[list[RolloutRow]]]:
-    """Shuffle units and deal them to optimizer steps, completions evenly, and to the micro-batches of each.
+def mini_batch_order(count: int, steps: int, seed: int, process: int) -> list[int]:
+    """An order for a process's prompts in which each of `steps` equal parts is a random mini-batch.
+
+    Of every `steps` neighbours one goes to each mini-batch, drawn with a seed of their own. So the mini-batches are the
+    same however many processes share them; where `count` is no multiple of `steps`, a process shuffles its own prompts.
+
+    Args:
+        count: Prompts of the process.
+        steps: Mini-batches.
+        seed: Of this batch of rollouts, in 63 bits.
+        process: Number of the process among those that have as many prompts each.
+    """
+    size = steps if count % steps == 0 else count
+    blocks = range(process * count // size, (process + 1) * count // size)
+    drawn = [torch.randperm(size, generator=torch.Generator().manual_seed(sequence_seed(seed, b))) for b in blocks]
+    return [number * size + int(block[part]) for part in range(size) for number, block in enumerate(drawn)]
+
+
+def slices_of(units: Sequence[Unit], steps: int, slices: int, tokens: int | None) -> list[list[list[RolloutRow]]]:
+    """Deal units, in order, to optimizer steps, completions evenly, and to the micro-batches of each.
 
     A unit on the border of two optimizer steps is cut, its prompt computed in both.
 
     Returns:
         `steps` lists of `slices` lists of rows.
     """
-    order = torch.randperm(len(units)).tolist()
     total = sum(len(unit.places) for unit in units)
     share = total // steps
     hands: list[list[Unit]] = [[] for _ in range(steps)]
     dealt = 0
-    for unit in (units[i] for i in order):
+    for unit in units:
         start = 0
         while start < len(unit.places):
             step = min(dealt // share, steps - 1)

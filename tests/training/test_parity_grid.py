@@ -10,7 +10,7 @@ import torch
 import trl
 from transformers import TrainerCallback
 
-from helpsteer_rloo.training import rollouts
+from helpsteer_rloo.training import rloo_scoring
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from tests.training.test_rloo_packed import build, exact
 
@@ -81,7 +81,7 @@ def worst_errors(base, tokenizer, directory, changes):
 def all_in_float64(exact, monkeypatch):
     """TRL's rewards too, and both trainers' mini-batches of the same completions, which are otherwise shuffled."""
     monkeypatch.setattr(trl.trainer.rloo_trainer, "shuffle_sequence_dict", lambda batch: batch)
-    monkeypatch.setattr(rollouts.torch, "randperm", lambda count, **_: torch.arange(count))
+    monkeypatch.setattr(rloo_scoring, "mini_batch_order", lambda count, *_: list(range(count)))
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -21,7 +21,6 @@ from helpsteer_rloo.objectives import leave_one_out
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
-from helpsteer_rloo.training.rloo_scoring import shuffle_groups
 from helpsteer_rloo.training.scorer import RewardModelScorer
 from tests.model.test_attention import norm_in_float64
 
@@ -237,20 +236,19 @@ def test_prompt_text_that_spells_control_tokens_stays_text(tiny_base, tokenizer,
     assert raw.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
-def test_groups_stay_together_and_are_shuffled():
-    torch.manual_seed(0)
+def test_groups_stay_together_and_are_shuffled(tiny_base, tokenizer, tmp_path):
+    """Also with TRL's own passes, which take a batch as padded tensors."""
+    trainer = make_trainer(tiny_base, tokenizer, tmp_path, steps_per_generation=4)
     rows = torch.arange(32)
-    shuffled = shuffle_groups({"advantages": rows, "ids": rows * 10}, group_size=4)
-    groups = shuffled["advantages"].view(-1, 4)
-    assert (groups[:, 0] % 4 == 0).all()
-    assert (groups - groups[:, :1] == torch.arange(4)).all()
+    shuffled = trainer._shuffled({"advantages": rows, "ids": rows * 10})
+    groups = shuffled["advantages"].view(-1, K)
+    assert sorted(shuffled["advantages"].tolist()) == rows.tolist()
+    assert (groups[:, 0] % K == 0).all()
+    assert (groups - groups[:, :1] == torch.arange(K)).all()
     assert groups[:, 0].tolist() != sorted(groups[:, 0].tolist())
     assert torch.equal(shuffled["ids"], shuffled["advantages"] * 10)
-
-
-def test_a_batch_that_splits_groups_keeps_its_order():
-    rows = torch.arange(6)
-    assert torch.equal(shuffle_groups({"advantages": rows}, group_size=4)["advantages"], rows)
+    rows = torch.arange(K + 1)  # a group that another process has the rest of
+    assert torch.equal(trainer._shuffled({"advantages": rows})["advantages"], rows)
 
 
 def test_micro_batches_hold_whole_groups(tiny_base, tokenizer, tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 from collections import Counter
 
-import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +10,7 @@ from torch.utils.data import BatchSampler
 
 from helpsteer_rloo.packing import token_count
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, StepShape, pack_pairs
-from helpsteer_rloo.training.rollouts import Rollout, rows_of, shuffled_slices, units_of
+from helpsteer_rloo.training.rollouts import Rollout, mini_batch_order, rows_of, slices_of, units_of
 from tests.training.test_pairs import batched
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
@@ -50,19 +49,34 @@ def test_rows_hold_every_completion_once_in_order_behind_its_own_prompt(entries,
     check_rows(rows, rollout, budget)
 
 
-@given(prompts, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), budgets, st.integers(0, 9))
-def test_shuffled_slices_hold_every_completion_once_as_evenly_as_they_can(
-    entries, group_size, steps, slices, budget, seed
-):
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9))
+def test_mini_batches_are_the_same_prompts_however_many_processes_share_them(blocks, steps, processes, seed):
+    count = blocks * steps
+
+    def mini_batches(parts):
+        """By mini-batch, the prompts of all processes with `count * processes // parts` of them each."""
+        each = count * processes // parts
+        orders = [[p * each + i for i in mini_batch_order(each, steps, seed, p)] for p in range(parts)]
+        share = each // steps
+        return [sorted(i for order in orders for i in order[m * share :][:share]) for m in range(steps)]
+
+    assert sorted(itertools.chain.from_iterable(mini_batches(processes))) == list(range(count * processes))
+    assert mini_batches(processes) == mini_batches(1)
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 9))
+def test_an_order_of_mini_batches_has_every_prompt_once_and_differs_by_seed(count, steps, seed):
+    assert sorted(mini_batch_order(count, steps, seed, 0)) == list(range(count))
+    assert mini_batch_order(24, 4, seed, 0) != mini_batch_order(24, 4, seed + 1, 0)
+
+
+@given(prompts, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), budgets)
+def test_slices_hold_every_completion_once_as_evenly_as_they_can(entries, group_size, steps, slices, budget):
     steps = min(steps, len(entries))
     rollout = rollout_of(entries)
     units = units_of(rollout, group_size)
 
-    def dealt():
-        torch.manual_seed(seed)
-        return shuffled_slices(units, steps, slices, budget)
-
-    hands = dealt()
+    hands = slices_of(units, steps, slices, budget)
     assert len(hands) == steps
     assert all(len(hand) == slices for hand in hands)
     rows = [row for hand in hands for micro_batch in hand for row in micro_batch]
@@ -71,7 +85,7 @@ def test_shuffled_slices_hold_every_completion_once_as_evenly_as_they_can(
     counts = [sum(len(row.places) for rows in hand for row in rows) for hand in hands]
     share, rest = divmod(len(entries), steps)
     assert counts == [share] * (steps - 1) + [share + rest]
-    again = dealt()
+    again = slices_of(units, steps, slices, budget)
     assert [[[row.places for row in rows] for rows in hand] for hand in again] == [
         [[row.places for row in rows] for rows in hand] for hand in hands
     ]
