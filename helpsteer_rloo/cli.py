@@ -160,7 +160,7 @@ def guarded(work: Callable[[], None]) -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         work()
-        _leave_processes()
+        _leave_processes("gloo", "nccl", "xccl", "hccl")
     except Stopped as stopped:
         print(f"\n{stopped} Give the same command again to go on.", file=sys.stderr)
         sys.exit(STOPPED)
@@ -176,15 +176,17 @@ def guarded(work: Callable[[], None]) -> None:
         _fail(f"{error}\n{_OUT_OF_MEMORY}", 1)
     except KeyboardInterrupt:
         _fail("Interrupted. Give the same command again to go on from the last checkpoint.", INTERRUPTED)
+    finally:
+        _leave_processes("gloo")  # others may wait for processes that are gone
 
 
-def _leave_processes() -> None:
-    """Leave the group of processes, whose threads may otherwise abort this one as it ends, its work done."""
+def _leave_processes(*backends: str) -> None:
+    """Leave the group of processes, if it is one of these; its threads may otherwise abort this process as it ends."""
     if "torch.distributed" not in sys.modules:
         return
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and any(name in dist.get_backend() for name in backends):
         dist.destroy_process_group()
 
 

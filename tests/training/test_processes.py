@@ -81,7 +81,7 @@ def test_a_process_that_loses_another_stops_and_says_so(tmp_path, stage):
     begin = time.monotonic()
     texts = [process.communicate(timeout=BOUND)[1] for process in processes]
     assert time.monotonic() - begin < BOUND
-    assert [process.returncode for process in processes] == [1, -signal.SIGKILL]
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL], texts
     assert "error: Another of the 2 processes has ended or cannot be reached" in texts[0]
     assert "The same command goes on from the last checkpoint" in texts[0]
     assert "Traceback" not in texts[0]
