@@ -18,6 +18,10 @@ SEAL = "sealed.json"
 """In a checkpoint: size and SHA-256 of every other file of it, by its path there."""
 
 
+_WEIGHTS = ("*model*.safetensors", "*model*.bin", "pytorch_model_fsdp*/*", "global_step*/*")
+"""Files that hold weights: those of transformers and PEFT, of FSDP and of DeepSpeed."""
+
+
 def seal(checkpoint: Path) -> None:
     """Record what the files of a finished checkpoint are.
 
@@ -39,6 +43,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is not what was saved"
         for name in sorted(_files(checkpoint) - sealed.keys()):
             return f"{name} was not saved with it"
+        if not any(PurePath(name).match(pattern) for name in sealed for pattern in _WEIGHTS):
+            return "there are no weights in it"
     except FileNotFoundError as error:
         name = Path(str(error.filename)).name
         return "it was not finished" if name == SEAL else f"{name} is missing"

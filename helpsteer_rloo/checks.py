@@ -114,7 +114,8 @@ def check_pipeline(settings: PipelineSettings) -> None:
         if getattr(own, name) < 1:
             raise ValueError(f"--{name} is {getattr(own, name)}; expected at least 1.")
     if not own.rloo_only and not own.reward_model_only:
-        prompt_room(settings.reward.own.max_length, settings.rloo.own.response_length)
+        with flags_named_of("rloo"):
+            prompt_room(settings.reward.own.max_length, settings.rloo.own.response_length)
     if own.thinking != settings.reward.own.thinking:
         raise ValueError("--reward.thinking cannot differ from --thinking: both stages must render prompts alike.")
     reward, policy = (Path(stage.own.output_dir).resolve() for stage in (settings.reward, settings.rloo))

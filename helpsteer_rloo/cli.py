@@ -175,7 +175,7 @@ def guarded(work: Callable[[], None]) -> None:
             raise
         _fail(f"{error}\n{_OUT_OF_MEMORY}", 1)
     except KeyboardInterrupt:
-        _fail("Interrupted. Give the same command again to go on from the last checkpoint.", INTERRUPTED)
+        _fail("Interrupted. Give the same command again to go on.", INTERRUPTED)
     finally:
         _leave_processes("gloo")  # others may wait for processes that are gone
 
@@ -186,7 +186,7 @@ def _leave_processes(*backends: str) -> None:
         return
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized() and any(name in dist.get_backend() for name in backends):
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() in backends:
         dist.destroy_process_group()
 
 

@@ -130,6 +130,7 @@ REWARD = CommandSpec(
     refused={
         "chat_template_path": "the chat template is the tokenizer's own.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+        "save_only_model": "a run goes on from its checkpoints, for which they need the optimizer's state.",
         "parallelism_config": "it comes from accelerate's own configuration: accelerate config.",
     },
 )
@@ -168,6 +169,7 @@ RLOO = CommandSpec(
         "do_eval": "the pipeline judges the policy after training, on held-out prompts.",
         "chat_template_kwargs": "the rendering is the reward model's; --thinking of reward training decides.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
+        "save_only_model": "a run goes on from its checkpoints, for which they need the optimizer's state.",
         "parallelism_config": "it comes from accelerate's own configuration: accelerate config.",
         "restore_callback_states_from_checkpoint": "what a run goes on with is restored in any case.",
     },

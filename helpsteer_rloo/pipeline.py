@@ -2,12 +2,13 @@
 
 import shlex
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.config import PipelineSettings, Settings
+from helpsteer_rloo.checks import prompt_room
+from helpsteer_rloo.config import PipelineSettings, Settings, flags_named_of
 from helpsteer_rloo.console import results_table, say, show
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
@@ -32,7 +33,7 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     """`reward_model_training.py`: data, reward model, verification; the record is kept beside the model."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     refuse_foreign(Path(settings.own.output_dir))
-    with _only_process(run):
+    with _only_process(run, settings.own.output_dir):
         outputs = run_stages(
             run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say
         )
@@ -47,7 +48,7 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     _check_reward_model(settings, "--reward_model_path")
     refuse_foreign(Path(settings.own.output_dir))
-    with _only_process(run):
+    with _only_process(run, settings.own.output_dir):
         run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
     say(f"The policy is in {settings.own.output_dir}.")
 
@@ -58,17 +59,24 @@ def _record_beside(output_dir: str) -> RunDir:
 
 
 @contextmanager
-def _only_process(run: RunDir) -> Generator[None]:
-    """The lock of a run, held by its main process, which shows that it lives if others wait for it."""
+def _only_process(run: RunDir, *directories: str) -> Generator[None]:
+    """The locks of a run and of the directories it makes, held by its main process; it shows others that it lives."""
     if not is_main_process():
         yield
         return
-    with locked(run.lock), beating(run.heartbeat) if process_count() > 1 else nullcontext():
+    with ExitStack() as held:
+        held.enter_context(locked(run.lock, run.root))
+        for directory in map(Path, directories):  # which runs of several names share
+            held.enter_context(locked(directory.with_name(f".{directory.name}.lock"), directory))
+        if process_count() > 1:
+            held.enter_context(beating(run.heartbeat))
         yield
 
 
 def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> None:
-    check_reward_model(settings.own.reward_model_path, flag, trusted=bool(settings.trl.get("trust_remote_code")))
+    trusted = bool(settings.trl.get("trust_remote_code"))
+    record = check_reward_model(settings.own.reward_model_path, flag, trusted=trusted)
+    prompt_room(record["rendering"]["max_length"], settings.own.response_length)
 
 
 def run_pipeline(
@@ -88,12 +96,13 @@ def run_pipeline(
     """
     own, run = settings.own, RunDir(Path(settings.run_dir))
     if own.rloo_only:
-        _check_reward_model(settings.rloo, "--reward_model_dir")
-    else:
-        refuse_foreign(Path(settings.reward.own.output_dir))
-    if not own.reward_model_only:
-        refuse_foreign(Path(settings.rloo.own.output_dir))
-    with _only_process(run):
+        with flags_named_of("rloo"):
+            _check_reward_model(settings.rloo, "--reward_model_dir")
+    made = [] if own.rloo_only else [settings.reward.own.output_dir]
+    made += [] if own.reward_model_only else [settings.rloo.own.output_dir]
+    for directory in made:
+        refuse_foreign(Path(directory))
+    with _only_process(run, *made):
         _run_all(settings, run, before, gold)
 
 
@@ -195,6 +204,8 @@ def rloo_command(settings: Settings[RewardKnobs]) -> str:
     shared = {name: value for name, value in given.items() if value != getattr(RewardKnobs(), name)}
     trl, own_default = settings.trl, {"model_name_or_path": DEFAULT_MODEL}
     shared |= {name: trl[name] for name in OF_BOTH_TRAININGS if name in trl and trl[name] != own_default.get(name)}
+    if RLOOKnobs().response_length > settings.own.max_length // 2:
+        shared["response_length"] = settings.own.max_length // 2
     words = ["python", "rloo_helpsteer_training.py", "--reward_model_path", settings.own.output_dir]
     for name, value in shared.items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]

@@ -11,3 +11,8 @@ def is_main_process() -> bool:
 def process_count() -> int:
     """Processes in the run, on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_precision() -> str:
+    """The mixed precision that the launcher was asked for; "no" if none, as in this project's configurations."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -113,10 +113,10 @@ def read_json(path: Path, advice: str = _MEND) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is not a JSON object.
     """
-    if not path.exists():
-        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {advice}") from None
     if not isinstance(content, dict):
@@ -158,8 +158,12 @@ def set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Generator[None]:
+def locked(path: Path, what: Path) -> Generator[None]:
     """Hold a lock file for as long as the context lasts, so that no second process works on the same thing.
+
+    Args:
+        path: The lock file.
+        what: The directory that it stands for.
 
     Raises:
         ValueError: another process holds it.
@@ -171,8 +175,8 @@ def locked(path: Path) -> Generator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"Another process ({file.read().strip() or 'unknown'}) is working on {path.parent}; wait for its end, "
-                "or give another --output_dir or --name."
+                f"Another process ({file.read().strip() or 'unknown'}) is working on {what}; wait for its end, or give "
+                "another --output_dir."
             ) from None
         file.truncate(0)
         file.write(f"pid {os.getpid()}")

@@ -15,7 +15,7 @@ from helpsteer_rloo.config import Settings
 from helpsteer_rloo.console import data_table, predictions_table, say, show
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
-from helpsteer_rloo.processes import is_main_process
+from helpsteer_rloo.processes import is_main_process, launched_precision, process_count
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_functions import reward_functions_digest
 from helpsteer_rloo.reward_record import (
@@ -50,10 +50,13 @@ PROBES = 16
 
 _WITHOUT_EFFECT = (
     "output_dir", "rollouts_dir", "reward_model_path", "sample_predictions", "local_rollout_forward_batch_size",
-    "logging_", "log_", "report_to", "run_name", "save_", "eval_", "per_device_eval_batch_size", "disable_tqdm",
-    "hub_", "push_to_hub", "dataloader_", "project", "trackio_", "num_completions_to_print", "max_bad_steps",
+    "logging_", "log_", "report_to", "run_name", "per_device_eval_batch_size", "disable_tqdm", "hub_", "push_to_hub",
+    "dataloader_num_workers", "dataloader_p", "project", "trackio_", "num_completions_to_print", "max_bad_steps",
+    "use_cpu", "ddp_", "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Flags, or beginnings of flags, that leave the result as it is; changing them makes no stage run again."""
+_OF_THE_BEST = ("save_", "eval_")
+"""Those that do so unless the best checkpoint is the result."""
 
 
 @dataclass(frozen=True)
@@ -338,11 +341,22 @@ def evaluation_stage(
 
 
 def _effective(settings: Settings[Any]) -> dict[str, Any]:
-    """The settings that decide a stage's result; the data's own are inputs of the data stage."""
+    """The settings that decide a stage's result; the data's own are inputs of the data stage.
+
+    Of a step's batch its size counts, not how processes and passes share it. A launcher's precision counts where flags
+    leave it open.
+    """
     data = {field.name for field in fields(DataKnobs)}
     described = settings.describe()
-    kept = {k: v for k, v in described.items() if not k.startswith(_WITHOUT_EFFECT) and k not in data}
-    return {**kept, "model_name_or_path": model_identity(str(kept["model_name_or_path"]))}
+    left_out = _WITHOUT_EFFECT + (() if described.get("load_best_model_at_end") else _OF_THE_BEST)
+    kept = {k: v for k, v in described.items() if not k.startswith(left_out) and k not in data}
+    per_device, passes = described["per_device_train_batch_size"], described["gradient_accumulation_steps"]
+    return {
+        **kept,
+        "model_name_or_path": model_identity(str(kept["model_name_or_path"])),
+        "batch_of_a_step": int(per_device) * int(passes) * process_count(),
+        "mixed_precision": launched_precision(),
+    }
 
 
 def model_identity(name: str) -> str:

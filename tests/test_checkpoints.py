@@ -11,7 +11,7 @@ from helpsteer_rloo.checkpoints import SEAL, damage, full_disk_explained, keep_n
 def checkpoint(directory, step, sealed=True):
     path = directory / f"checkpoint-{step}"
     (path / "nested").mkdir(parents=True)
-    (path / "weights.safetensors").write_bytes(bytes(range(256)) * 8)
+    (path / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     (path / "nested" / "state.json").write_text(json.dumps({"step": step}))
     if sealed:
         seal(path)
@@ -25,32 +25,39 @@ def names(directory):
 def test_a_sealed_checkpoint_is_whole(tmp_path):
     path = checkpoint(tmp_path, 7)
     assert damage(path) is None
-    assert set(json.loads((path / SEAL).read_text())) == {"weights.safetensors", "nested/state.json"}
+    assert set(json.loads((path / SEAL).read_text())) == {"model.safetensors", "nested/state.json"}
     seal(path)  # again, as when a step is saved a second time
     assert damage(path) is None
 
 
 def cut(path):
-    (path / "weights.safetensors").write_bytes((path / "weights.safetensors").read_bytes()[:100])
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:100])
+
+
+def without_weights(path):
+    """As when another process took them away before it was sealed."""
+    (path / "model.safetensors").unlink()
+    seal(path)
 
 
 def flip(path):
-    content = bytearray((path / "weights.safetensors").read_bytes())
+    content = bytearray((path / "model.safetensors").read_bytes())
     content[1000] ^= 1
-    (path / "weights.safetensors").write_bytes(content)
+    (path / "model.safetensors").write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("break_it", "problem"),
     [
-        (cut, "weights.safetensors is not what was saved"),
-        (flip, "weights.safetensors is not what was saved"),
+        (cut, "model.safetensors is not what was saved"),
+        (flip, "model.safetensors is not what was saved"),
         (lambda path: (path / "nested" / "state.json").unlink(), "state.json is missing"),
         (lambda path: (path / SEAL).unlink(), "it was not finished"),
+        (without_weights, "there are no weights in it"),
         (lambda path: (path / SEAL).write_text('{"weights'), "it cannot be read (JSONDecodeError"),
-        (lambda path: (path / SEAL).write_text('["weights.safetensors"]'), "it cannot be read (AttributeError"),
-        (lambda path: (path / SEAL).write_text('{"weights.safetensors": 3}'), "it cannot be read (TypeError"),
-        (lambda path: (path / SEAL).write_text('{"weights.safetensors": {}}'), "it cannot be read (KeyError"),
+        (lambda path: (path / SEAL).write_text('["model.safetensors"]'), "it cannot be read (AttributeError"),
+        (lambda path: (path / SEAL).write_text('{"model.safetensors": 3}'), "it cannot be read (TypeError"),
+        (lambda path: (path / SEAL).write_text('{"model.safetensors": {}}'), "it cannot be read (KeyError"),
         (lambda path: (path / SEAL).write_bytes(b"\xff"), "it cannot be read (UnicodeDecodeError"),
     ],
 )

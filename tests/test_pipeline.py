@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from helpsteer_rloo import cli
+from helpsteer_rloo.checks import check_training
+from helpsteer_rloo.config import REWARD
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.groups import Message
+from helpsteer_rloo.parsing import parse_command
+from helpsteer_rloo.run_dir import locked
+from helpsteer_rloo.steps import data_context, reward_stage
 from helpsteer_rloo.training.ledger import read_rollouts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +129,49 @@ def test_scoring_options_change_nothing_but_training_options_invalidate(finished
     assert "Stage reward_model" not in out
     assert (directory / "policy.previous" / "policy.json").exists()
     assert len(read_rollouts(directory / "rollouts.previous")) == len(read_rollouts(directory / "rollouts")) == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "same"),
+    [
+        (["--per_device_train_batch_size=8", "--gradient_accumulation_steps=2"], {}, True),
+        (["--per_device_train_batch_size=2"], {"WORLD_SIZE": "2"}, True),
+        (["--use_cpu", "--save_steps=7", "--eval_strategy=steps", "--eval_steps=7"], {}, True),
+        (["--dataloader_num_workers=1"], {}, True),
+        ([], {"WORLD_SIZE": "2"}, False),
+        ([], {"ACCELERATE_MIXED_PRECISION": "bf16"}, False),
+        (["--gradient_accumulation_steps=8"], {}, False),
+        (["--dataloader_drop_last"], {}, False),
+        (["--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=7", "--save_steps=7"], {}, False),
+    ],
+)
+def test_what_decides_the_result_of_a_stage_is_in_its_key(rows_file, monkeypatch, flags, environment, same):
+    def inputs(*flags):
+        settings = parse_command(REWARD, [f"--dataset_name={rows_file}", *flags], checks=[check_training])
+        return reward_stage(settings, data_context(settings)).inputs
+
+    before = inputs()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (inputs(*flags) == before) is same
+
+
+def test_the_best_checkpoints_settings_decide_where_it_is_the_result(rows_file):
+    def inputs(*flags):
+        best = ["--load_best_model_at_end", "--eval_strategy=steps"]
+        settings = parse_command(REWARD, [f"--dataset_name={rows_file}", *best, *flags])
+        return reward_stage(settings, data_context(settings)).inputs
+
+    assert inputs("--eval_steps=7", "--save_steps=7") != inputs("--eval_steps=9", "--save_steps=9")
+
+
+@pytest.mark.parametrize("busy", ["reward_model", "policy"])
+def test_a_directory_that_another_run_works_in_is_refused(command, tmp_path, capsys, busy):
+    """Runs of other names have the same directories by default."""
+    with locked(tmp_path / f".{busy}.lock", tmp_path / busy), pytest.raises(SystemExit) as stopped:
+        cli.run_pipeline([*command, f"--output_dir={tmp_path}"])
+    assert stopped.value.code == 1
+    assert f"is working on {tmp_path / busy}; wait" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("rest", ["--rloo_only", "--reward_model_only=false"])
@@ -269,7 +317,7 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8", "--response_length=90"])
-    assert "--response_length 90 leaves 6 tokens for the prompt" in capsys.readouterr().err
+    assert "--rloo.response_length 90 leaves 6 tokens for the prompt" in capsys.readouterr().err
     estimators = ["--kl_estimator=k3", "--kl_in=loss", "--target_kl=2", "--importance_correction=token", "--top_k=20"]
     own = ["--reward_functions=tests.training.test_rloo:length_reward", "--reward_weights", "0.5", "2"]
     other = ["--per_device_train_batch_size=8", f"--output_dir={tmp_path / 'other'}", *estimators, *own]
@@ -312,10 +360,10 @@ def test_a_reward_model_of_another_rendering_is_refused(finished, command, tmp_p
     ("flags", "message"),
     [
         (["--rloo.rloo_k=3"], "no multiple of --rloo.rloo_k 3"),
-        (["--rloo.response_length=90"], "--response_length 90 leaves 6 tokens for the prompt"),
-        (["--rloo.temperature=0"], "--temperature is 0.0; expected more than 0."),
-        (["--reward_epochs=-1"], "--num_train_epochs is -1.0; expected more than 0."),
-        (["--reward_batch_size=0"], "--per_device_train_batch_size is 0; expected at least 1."),
+        (["--rloo.response_length=90"], "--rloo.response_length 90 leaves 6 tokens for the prompt"),
+        (["--rloo.temperature=0"], "--rloo.temperature is 0.0; expected more than 0."),
+        (["--reward_epochs=-1"], "--reward.num_train_epochs is -1.0; expected more than 0."),
+        (["--reward_batch_size=0"], "--reward.per_device_train_batch_size is 0; expected at least 1."),
         (["--evaluation_batch_size=0"], "--evaluation_batch_size is 0; expected at least 1."),
         (["--seed=-1"], "--seed is -1; expected 0 or more."),
         (["--rloo.eval_strategy=steps"], "eval_strategy cannot be set here"),

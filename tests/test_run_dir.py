@@ -182,7 +182,7 @@ def test_setting_aside_never_replaces_an_earlier_result(tmp_path):
 def test_a_second_holder_of_a_lock_is_refused_until_the_first_lets_go(tmp_path):
     lock = tmp_path / "run" / ".lock"
     message = rf"Another process \(pid {os.getpid()}\) is working on"
-    with locked(lock), pytest.raises(ValueError, match=message), locked(lock):
+    with locked(lock, lock.parent), pytest.raises(ValueError, match=message), locked(lock, lock.parent):
         pass
-    with locked(lock):
+    with locked(lock, lock.parent):
         pass

@@ -40,17 +40,21 @@ class ResumesExactly(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
+        passes, device = self.args.gradient_accumulation_steps, self.args.device
         path = self._position_file(checkpoint)
-        if path.exists():
-            self._go_on_from(read_position(path, self.args.device))
+        own = read_position(path, device) if path.exists() else None
+        if own is not None and own.values["passes"] == passes:
+            self._go_on_from(own)
             return
         others = sorted(Path(checkpoint).glob("position-*-of-*.safetensors"))
-        if others:
-            self._take_over([read_position(other, self.args.device) for other in others])
+        positions = [read_position(other, device) for other in others]
+        if positions:
+            self._take_over(positions)
+        steps = f"steps of {positions[0].values['passes']} passes" if positions else "other steps"
         warnings.warn(
-            f"{checkpoint} was saved by {len(others)} of this tool's processes, and {self.args.world_size} go on from "
-            "it. What was trained stays, and so does the order of the data, but not random states and a batch of "
-            "rollouts that is not used up.",
+            f"{checkpoint} was saved by {len(others)} of this tool's processes in {steps}, and {self.args.world_size} "
+            f"go on from it in steps of {passes}. What was trained stays, and so does the order of the data, but not "
+            "random states and a batch of rollouts that is not used up.",
             stacklevel=2,
         )
 
@@ -64,6 +68,7 @@ class ResumesExactly(Trainer):
             "last_logged": self._globalstep_last_logged,
             "metrics": {name: list(found) for name, found in self._metrics["train"].items()},
             "train_tokens": self._total_train_tokens,
+            "passes": self.args.gradient_accumulation_steps,
         }
         return Position(values, {})
 

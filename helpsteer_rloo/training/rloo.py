@@ -52,7 +52,7 @@ from helpsteer_rloo.training.rollouts import (
     units_of,
 )
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
-from helpsteer_rloo.training.row_stats import RowStats, metrics_of, row_stats, summed, with_gaps
+from helpsteer_rloo.training.row_stats import RowStats, metrics_of, row_stats, summed, with_gaps, with_weights
 from helpsteer_rloo.training.vllm import TellingVLLM
 
 __all__ = ["RLOOConfig", "RLOOTrainer"]
@@ -349,11 +349,13 @@ class RLOOTrainer(ScoredRLOOTrainer):
             self._fill_in(batch, row, known)
         places = torch.tensor(row.places, device=batch.counted_B.device)
         counted_B, advantage_B = batch.counted_B[places], batch.advantage_B[places]
-        log_ratio_B = self._log_ratios(found.log_probs, known, lengths) * counted_B
+        log_ratio_T, weights = found.log_probs - known.old_T, self._importance_weights(known, lengths)
+        if weights is not None and self.importance_correction == "token":
+            log_ratio_T = with_weighted_gradient(log_ratio_T, weights.to(log_ratio_T.dtype))
+        log_ratio_B = sums_by_completion(log_ratio_T, lengths) * counted_B
         losses_B = clipped_policy_losses(log_ratio_B, advantage_B, self.epsilon_low, self.epsilon_high)
-        if self.importance_correction == "sequence" and known.drawn_T is not None:
-            log_weights_B = sums_by_completion(known.old_T - known.drawn_T, lengths)
-            losses_B = losses_B * truncated_weights(log_weights_B, self.importance_cap).to(losses_B.dtype)
+        if weights is not None and self.importance_correction == "sequence":
+            losses_B = losses_B * weights.to(losses_B.dtype)
         if self.kl_in == "loss" and known.reference_T is not None:
             terms_T = kl_terms(found.log_probs, known.reference_T, self.kl_estimator)
             losses_B = losses_B + batch.kl_coef * sums_by_completion(terms_T, lengths) * counted_B
@@ -361,18 +363,17 @@ class RLOOTrainer(ScoredRLOOTrainer):
         entropy_B = sums_by_completion(found.entropies, lengths) * counted_B
         clip = (self.epsilon_low, self.epsilon_high)
         stats = row_stats(log_ratio_B.exp(), advantage_B, entropy_B, tokens_B, clip)
-        return losses_B.sum() * inputs.weight, with_gaps(stats, known)
+        return losses_B.sum() * inputs.weight, with_weights(with_gaps(stats, known), weights, self.importance_cap)
 
-    def _log_ratios(self, log_probs_T: Tensor, known: KnownTokens, lengths: Sequence[int]) -> Tensor:
-        """Log of the probability ratio of each completion to the policy that sampled it, `[B]`.
-
-        With importance weights a token, they multiply each token's part of the gradient.
-        """
-        log_ratio_T = log_probs_T - known.old_T
-        if self.importance_correction == "token" and known.drawn_T is not None:
-            weights_T = truncated_weights(known.old_T - known.drawn_T, self.importance_cap)
-            log_ratio_T = with_weighted_gradient(log_ratio_T, weights_T.to(log_ratio_T.dtype))
-        return sums_by_completion(log_ratio_T, lengths)
+    def _importance_weights(self, known: KnownTokens, lengths: Sequence[int]) -> Tensor | None:
+        """Importance weights of a row's tokens, `[T]`, or of its completions, `[B]`; None without a correction."""
+        if self.importance_correction == "none" or known.drawn_T is None:
+            return None
+        log_weights_T = known.old_T - known.drawn_T
+        whole = self.importance_correction == "sequence"
+        return truncated_weights(
+            sums_by_completion(log_weights_T, lengths) if whole else log_weights_T, self.importance_cap
+        )
 
     def _fill_in(self, batch: TrainingBatch, row: RolloutRow, known: KnownTokens) -> None:
         """Rewards and advantages of whole groups whose policy log-probabilities have just been computed."""

@@ -291,6 +291,8 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
         for name, source_B in zip(self.reward_func_names, rewards.scores.by_source_BF.unbind(1), strict=True):
             metrics[f"rewards/{name}/mean"].append(source_B.nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(source_B).item())
+            if source_B.isnan().all():
+                warnings.warn(f"{name} gave no completion of this batch a reward.", stacklevel=2)
         metrics["reward"].append(scores.unclipped_B.nanmean().item())
         metrics["reward_std"].append(nanstd(scores.unclipped_B).item())
         groups_PN = rewards.reward_B.view(-1, self._group_size)

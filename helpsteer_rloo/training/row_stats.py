@@ -10,9 +10,10 @@ from helpsteer_rloo.model.drawing import widest_float
 from helpsteer_rloo.objectives import LARGEST_GAP
 from helpsteer_rloo.training.rollouts import KnownTokens
 
-NAMES = ("entropy", "tokens", "low", "high", "completions", "gap", "gaps", "wide")
+NAMES = ("entropy", "tokens", "low", "high", "completions", "gap", "gaps", "wide", "weight", "weights", "capped")
 """Of the sums: entropies and tokens that count; completions clipped below and above, and all; the differences between
-the sampler's log-probabilities and the trainer's, their number, and the number of large ones."""
+the sampler's log-probabilities and the trainer's, their number, and the number of large ones; importance weights, their
+number, and the number of those at the cap."""
 
 
 class RowStats(NamedTuple):
@@ -56,6 +57,17 @@ def with_gaps(stats: RowStats, known: KnownTokens) -> RowStats:
     return RowStats(stats.sums, gaps_T.max().float())
 
 
+@torch.no_grad()
+def with_weights(stats: RowStats, weights: Tensor | None, cap: float) -> RowStats:
+    """Count also the importance weights of a row, at most `cap`."""
+    if weights is None:
+        return stats
+    counted = {"weight": weights.sum(), "weights": weights.numel(), "capped": (weights >= cap).sum()}
+    for name, value in counted.items():
+        stats.sums[NAMES.index(name)] = value
+    return stats
+
+
 def summed(rows: Sequence[RowStats], device: torch.device) -> RowStats:
     """The counts of several rows, or of none."""
     nothing = RowStats(
@@ -76,4 +88,7 @@ def metrics_of(sums: Sequence[float], widest_gap: float) -> dict[str, float]:
         metrics["sampler_gap/mean"] = totals["gap"] / totals["gaps"]
         metrics["sampler_gap/max"] = widest_gap
         metrics[f"sampler_gap/over_{LARGEST_GAP}"] = totals["wide"] / totals["gaps"]
+    if totals["weights"]:
+        metrics["importance/mean"] = totals["weight"] / totals["weights"]
+        metrics["importance/at_cap"] = totals["capped"] / totals["weights"]
     return metrics

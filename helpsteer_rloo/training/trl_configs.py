@@ -1,6 +1,7 @@
 """From the values of flags to TRL's configuration objects."""
 
 import dataclasses
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,24 +15,46 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from helpsteer_rloo.config import Knobs, Settings
 from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.model.loading import Base, has_bf16, weight_dtype
+from helpsteer_rloo.processes import process_count
 
 Args = TypeVar("Args", bound=TrainingArguments)
 
 
 def build_args(config_class: type[Args], settings: Settings[Knobs], **fixed: Any) -> Args:
-    """The trainer's arguments: the flags given, bf16 where the hardware has it, and what the command fixes."""
+    """The trainer's arguments: the flags given, bf16 where the hardware has it, and what the command fixes.
+
+    Raises:
+        ValueError: the hardware has no bf16, or the processes that were launched do not form a group.
+    """
     names = {field.name for field in dataclasses.fields(config_class)}
     values = {key: value for key, value in settings.trl.items() if key in names}
     if not values.get("fp16"):
         values.setdefault("bf16", has_bf16())
     try:
-        return config_class(**{**values, **fixed})
+        return with_its_processes(config_class(**{**values, **fixed}))
     except ValueError as error:
         if "bf16" not in str(error):
             raise
         raise ValueError(
             "--bf16 true needs a GPU with bfloat16. Leave the flag out, or give --use_cpu true to use it on a CPU."
         ) from error
+
+
+def with_its_processes(args: Args) -> Args:
+    """The same arguments, for one GPU a process and as many processes as were launched.
+
+    Raises:
+        ValueError: the processes do not form a group.
+    """
+    if args.world_size != process_count():
+        raise ValueError(
+            f"{process_count()} processes were launched, but torch found no GPUs for them to work on together. On "
+            "CPUs, give --use_cpu true (in the pipeline --reward.use_cpu true --rloo.use_cpu true)."
+        )
+    if args.n_gpu > 1:  # transformers would double the batch, and copy the model in every pass
+        warnings.warn(f"One of {args.n_gpu} GPUs is used; accelerate launch uses all of them.", stacklevel=2)
+        cast(Any, args)._n_gpu = 1
+    return args
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_a_checkpoint_without_a_position_of_this_process_is_reported(tiny_base, 
     for other in range(others):
         position.with_name(f"position-{other}-of-{others}.safetensors").write_bytes(kept)
     trainer = make_trainer(tiny_base, tokenizer, tmp_path, **settings)
-    with pytest.warns(UserWarning, match=f"was saved by {others} of this tool's processes, and 1 go on"):
+    with pytest.warns(UserWarning, match=rf"was saved by {others} of this tool's processes in .*, and 1 go on"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer._step == 6  # two micro-batches a step, as if it had taken the first one as well
 
@@ -150,7 +150,7 @@ def test_a_reference_that_moves_is_where_it_was_for_another_number_of_processes(
         position.with_name(f"position-{rank}-of-2.safetensors").write_bytes(position.read_bytes())
     position.unlink()
     resumed = make()
-    with pytest.warns(UserWarning, match=r"was saved by 2 of this tool's processes, and 1 go on"):
+    with pytest.warns(UserWarning, match=r"was saved by 2 of this tool's processes in .*, and 1 go on"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     moved = list(whole.ref_model.parameters())
     assert not all(torch.equal(a, b) for a, b in zip(began, moved, strict=True))
@@ -165,3 +165,22 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path, saved):
     refuse_other_engine(same, tmp_path)
     with pytest.raises(ValueError, match=r"was saved with(out)? FSDP, and this run is with"):
         refuse_other_engine(other, tmp_path)
+
+
+@pytest.mark.parametrize(("step", "same"), [(4, True), (6, False)], ids=["after a batch", "inside a batch"])
+def test_rloo_goes_on_in_steps_of_other_passes(tiny_base, tokenizer, tmp_path, step, same):
+    """The same batch of a step in one pass instead of two: the same curve from the end of a batch of rollouts on."""
+
+    def make(passes):
+        shape = {"gradient_accumulation_steps": passes, "per_device_train_batch_size": 8 // passes}
+        settings = {**SAVING, **BUFFERED, "logging_steps": 1, **shape, "steps_per_generation": 2 * passes}
+        return make_trainer(tiny_base, tokenizer, tmp_path, texts=PROMPTS[:8], **settings)
+
+    whole, resumed = make(2), make(1)
+    whole.train()
+    with pytest.warns(UserWarning, match=r"in steps of 2 passes, and 1 go on from it in steps of 1"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    rows = [[row for row in trainer.state.log_history if "loss" in row] for trainer in (whole, resumed)]
+    assert [row["step"] for row in rows[1]] == list(range(1, 9))
+    losses = [[row["loss"] for row in part] for part in rows]
+    assert (losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-5)) is same
