@@ -343,8 +343,7 @@ def evaluation_stage(
 def _effective(settings: Settings[Any]) -> dict[str, Any]:
     """The settings that decide a stage's result; the data's own are inputs of the data stage.
 
-    Of a step's batch its size counts, not how processes and passes share it. A launcher's precision counts where flags
-    leave it open.
+    Of a step's batch its size counts, not how processes and passes share it; and the launcher's precision counts.
     """
     data = {field.name for field in fields(DataKnobs)}
     described = settings.describe()

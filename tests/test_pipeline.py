@@ -317,7 +317,7 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8", "--response_length=90"])
-    assert "--rloo.response_length 90 leaves 6 tokens for the prompt" in capsys.readouterr().err
+    assert "--response_length 90 leaves 6 tokens for the prompt" in capsys.readouterr().err
     estimators = ["--kl_estimator=k3", "--kl_in=loss", "--target_kl=2", "--importance_correction=token", "--top_k=20"]
     own = ["--reward_functions=tests.training.test_rloo:length_reward", "--reward_weights", "0.5", "2"]
     other = ["--per_device_train_batch_size=8", f"--output_dir={tmp_path / 'other'}", *estimators, *own]

@@ -43,14 +43,14 @@ class ResumesExactly(Trainer):
         passes, device = self.args.gradient_accumulation_steps, self.args.device
         path = self._position_file(checkpoint)
         own = read_position(path, device) if path.exists() else None
-        if own is not None and own.values["passes"] == passes:
+        if own is not None and own.values.get("passes") == passes:
             self._go_on_from(own)
             return
         others = sorted(Path(checkpoint).glob("position-*-of-*.safetensors"))
         positions = [read_position(other, device) for other in others]
         if positions:
             self._take_over(positions)
-        steps = f"steps of {positions[0].values['passes']} passes" if positions else "other steps"
+        steps = f"steps of {positions[0].values.get('passes')} passes" if positions else "other steps"
         warnings.warn(
             f"{checkpoint} was saved by {len(others)} of this tool's processes in {steps}, and {self.args.world_size} "
             f"go on from it in steps of {passes}. What was trained stays, and so does the order of the data, but not "
