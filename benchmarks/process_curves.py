@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, Qwen3ForSequenceClassification
 
+from helpsteer_rloo.cli import guarded
 from helpsteer_rloo.data.demo import DemoBaseSettings
 from helpsteer_rloo.model.sharding import is_sharded
 from helpsteer_rloo.training.demo_base import build_model, build_tokenizer
@@ -174,8 +175,7 @@ def main() -> None:
     found = {stage: curves(stage, options.directory, options.steps) for stage in LOGGED}
     if os.environ.get("RANK", "0") == "0":
         (options.directory / "curves.json").write_text(json.dumps(found))
-    PartialState().destroy_process_group()  # whose threads may otherwise abort the process as it ends
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

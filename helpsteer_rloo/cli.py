@@ -1,15 +1,16 @@
 """The `helpsteer-rloo` command, and the functions behind the three scripts. Parsing comes before heavy imports."""
 
+import atexit
 import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
 
 from helpsteer_rloo import __version__
 from helpsteer_rloo.preemption import STOPPED, Stopped
+from helpsteer_rloo.processes import process_count
 
 INTERRUPTED = 130
 
@@ -158,41 +159,45 @@ def guarded(work: Callable[[], None]) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's CPU allocator: activations in huge pages
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    _end(_status_of(work))
+
+
+def _status_of(work: Callable[[], None]) -> int:
+    """Run a command and return its exit status, its mistakes explained."""
     try:
         work()
-        _leave_processes("gloo", "nccl", "xccl", "hccl")
     except Stopped as stopped:
         print(f"\n{stopped} Give the same command again to go on.", file=sys.stderr)
-        sys.exit(STOPPED)
+        return STOPPED
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         # The latter two: a flag of TRL's that needs a package which is not here, or that TRL refuses beside another.
         if os.environ.get("HELPSTEER_RLOO_DEBUG"):
             traceback.print_exc()
-        _fail(f"{type(error).__name__ + ': ' if isinstance(error, OSError) else ''}{error}", 1)
+        return _failed(f"{type(error).__name__ + ': ' if isinstance(error, OSError) else ''}{error}", 1)
     except RuntimeError as error:
         # torch's, known by name, so that torch is not imported here; on a CPU it has no class of its own for that
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
-        _fail(f"{error}\n{_OUT_OF_MEMORY}", 1)
+        return _failed(f"{error}\n{_OUT_OF_MEMORY}", 1)
     except KeyboardInterrupt:
-        _fail("Interrupted. Give the same command again to go on.", INTERRUPTED)
-    finally:
-        _leave_processes("gloo")  # others may wait for processes that are gone
+        return _failed("Interrupted. Give the same command again to go on.", INTERRUPTED)
+    return 0
 
 
-def _leave_processes(*backends: str) -> None:
-    """Leave the group of processes, if it is one of these; its threads may otherwise abort this process as it ends."""
-    if "torch.distributed" not in sys.modules:
-        return
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() in backends:
-        dist.destroy_process_group()
-
-
-def _fail(message: str, status: int) -> NoReturn:
+def _failed(message: str, status: int) -> int:
     print(f"\nerror: {message}", file=sys.stderr)
-    sys.exit(status)
+    return status
+
+
+def _end(status: int) -> None:
+    """End a command; in a group of processes at once, since gloo's threads may abort one whose interpreter winds up."""
+    if process_count() > 1 and "torch" in sys.modules:
+        atexit._run_exitfuncs()  # those of trackers  # pyright: ignore[reportPrivateUsage]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
