@@ -1,6 +1,5 @@
 """The stages of a run: what each depends on, does, and leaves behind."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -14,8 +13,9 @@ from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import Settings
 from helpsteer_rloo.console import data_table, predictions_table, say, show
 from helpsteer_rloo.data.sources import content_digest, locate
+from helpsteer_rloo.identity import effective_settings, reward_model_identity, tokenizer_identity
 from helpsteer_rloo.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
-from helpsteer_rloo.processes import is_main_process, launched_precision, process_count
+from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_functions import reward_functions_digest
 from helpsteer_rloo.reward_record import (
@@ -29,7 +29,6 @@ from helpsteer_rloo.run_dir import (
     POLICY_RECORD,
     REWARD_MODEL_RECORD,
     RunDir,
-    read_json,
     read_record,
     write_json,
     write_text,
@@ -44,19 +43,8 @@ if TYPE_CHECKING:
     from helpsteer_rloo.rendering import Renderer
 
 WEIGHTS = "*.safetensors"
-_PROBED_BYTES = 1 << 20
 PROBES = 16
 """Held-out sequences whose scores a saved reward model must reproduce."""
-
-_WITHOUT_EFFECT = (
-    "output_dir", "rollouts_dir", "reward_model_path", "sample_predictions", "local_rollout_forward_batch_size",
-    "logging_", "log_", "report_to", "run_name", "per_device_eval_batch_size", "disable_tqdm", "hub_", "push_to_hub",
-    "dataloader_num_workers", "dataloader_p", "project", "trackio_", "num_completions_to_print", "max_bad_steps",
-    "use_cpu", "ddp_", "per_device_train_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
-"""Flags, or beginnings of flags, that leave the result as it is; changing them makes no stage run again."""
-_OF_THE_BEST = ("save_", "eval_")
-"""Those that do so unless the best checkpoint is the result."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ def data_stage(run: RunDir, context: DataContext) -> Stage:
     inputs = {
         **knobs,
         "dataset_name": f"content:{digest}",
-        "tokenizer": _tokenizer_identity(context.model, context.revision),
+        "tokenizer": tokenizer_identity(context.model, context.revision),
     }
     return Stage("data", inputs, work, artefacts=(run.data_report,))
 
@@ -154,7 +142,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
 
     return Stage(
         "reward_model",
-        _effective(settings),
+        effective_settings(settings),
         work,
         artefacts=(directory / REWARD_MODEL_RECORD, directory / HELDOUT_PROMPTS),
         directory=directory,
@@ -244,23 +232,15 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         release()
         if not is_main_process():
             return {}
-        record = {
-            "base_model": model,
-            "base": training["base"],
-            "adapter": training["adapter"],
-            "reward_model": settings.own.reward_model_path,
-            "settings": settings.describe(),
-            "training": training,
-            "provenance": provenance(),
-        }
+        record = _policy_record(settings, training)
         write_text(directory / "README.md", policy_card(record))
         write_json(directory / POLICY_RECORD, record)
         return {"directory": str(directory), **training}
 
     inputs = {
-        **_effective(settings),
+        **effective_settings(settings),
         "reward_functions": reward_functions_digest(settings.own.reward_functions),
-        "reward_model": _digest(Path(settings.own.reward_model_path)),
+        "reward_model": reward_model_identity(Path(settings.own.reward_model_path)),
     }
     return Stage(
         "rloo",
@@ -273,6 +253,18 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         distributed=True,
         needs=("data",),
     )
+
+
+def _policy_record(settings: Settings[RLOOKnobs], training: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "base_model": str(settings.trl["model_name_or_path"]),
+        "base": training["base"],
+        "adapter": training["adapter"],
+        "reward_model": settings.own.reward_model_path,
+        "settings": settings.describe(),
+        "training": dict(training),
+        "provenance": provenance(),
+    }
 
 
 def heldout_prompts(settings: Settings[RLOOKnobs], context: DataContext, most: int) -> tuple[list["TokenGroup"], Any]:
@@ -338,55 +330,3 @@ def evaluation_stage(
         return {**result, "heldout_prompts": counts}
 
     return Stage("evaluation", inputs, work, artefacts=(run.samples,), needs=("data", "rloo"))
-
-
-def _effective(settings: Settings[Any]) -> dict[str, Any]:
-    """The settings that decide a stage's result; the data's own are inputs of the data stage.
-
-    Of a step's batch its size counts, not how processes and passes share it; and the launcher's precision counts.
-    """
-    data = {field.name for field in fields(DataKnobs)}
-    described = settings.describe()
-    left_out = _WITHOUT_EFFECT + (() if described.get("load_best_model_at_end") else _OF_THE_BEST)
-    kept = {k: v for k, v in described.items() if not k.startswith(left_out) and k not in data}
-    per_device, passes = described["per_device_train_batch_size"], described["gradient_accumulation_steps"]
-    return {
-        **kept,
-        "model_name_or_path": model_identity(str(kept["model_name_or_path"])),
-        "batch_of_a_step": int(per_device) * int(passes) * process_count(),
-        "mixed_precision": launched_precision(),
-    }
-
-
-def model_identity(name: str) -> str:
-    """A hub id as it is; for a local directory a digest of its configuration and of the ends of its weight files."""
-    directory = Path(name)
-    if not directory.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.jinja")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(file.read(_PROBED_BYTES))
-            file.seek(max(0, path.stat().st_size - _PROBED_BYTES))
-            digest.update(file.read())
-    return f"local:{digest.hexdigest()[:16]}"
-
-
-def _tokenizer_identity(name: str, revision: str | None) -> str:
-    """A hub id with its revision; for a local directory a digest of the tokenizer's files."""
-    directory = Path(name)
-    if not directory.is_dir():
-        return f"{name}@{revision or 'main'}"
-    files = [directory / file for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists()))
-    return f"local:{digest.hexdigest()[:16]}"
-
-
-def _digest(directory: Path) -> str | None:
-    """Identity of a finished reward model, apart from its verification."""
-    record = read_json(directory / REWARD_MODEL_RECORD)
-    if record is None:
-        return None
-    kept = {name: record.get(name) for name in ("rendering", "data", "training", "reload")}
-    return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "checkpoints",
             "flags",
             "heartbeat",
+            "identity",
             "parsing",
             "run_dir",
             "preemption",

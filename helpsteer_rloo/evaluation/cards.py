@@ -13,18 +13,7 @@ def reward_model_card(record: Mapping[str, Any]) -> str:
     """The README.md of a reward model's directory."""
     heldout, data = record["heldout"], record["data"]
     low, high = heldout["interval"]
-    base = record["base"]
-    held = f"dtype=torch.{base['dtype']}" + (f", revision={base['revision']!r}" if base["revision"] else "")
-    loading = (
-        "base = PeftConfig.from_pretrained(path).base_model_name_or_path\n"
-        f"model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, {held})\n"
-        "model = PeftModel.from_pretrained(model, path).eval()"
-        if record["adapter"]
-        else f"model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.{base['dtype']}).eval()"
-    )
-    imports = "import torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer" + (
-        "\nfrom peft import PeftConfig, PeftModel" if record["adapter"] else ""
-    )
+    imports, loading = _loading(record)
     by_domain = "\n".join(f"| {name} | {_row(part)} |" for name, part in heldout["by_domain"].items())
     by_strength = "\n".join(f"| strength {name} | {_row(part)} |" for name, part in heldout["by_strength"].items())
     return f"""---
@@ -64,6 +53,23 @@ score = model(input_ids=torch.tensor([ids])).logits[0, 0]
 The last id ends the turn; a response that was cut off is scored without it. Prompt and response are tokenized apart, as
 they are when a policy samples. {LICENCE_NOTE}
 """
+
+
+def _loading(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The imports and the lines by which stock libraries load a reward model."""
+    base = record["base"]
+    held = f"dtype=torch.{base['dtype']}" + (f", revision={base['revision']!r}" if base["revision"] else "")
+    loading = (
+        "base = PeftConfig.from_pretrained(path).base_model_name_or_path\n"
+        f"model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, {held})\n"
+        "model = PeftModel.from_pretrained(model, path).eval()"
+        if record["adapter"]
+        else f"model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.{base['dtype']}).eval()"
+    )
+    imports = "import torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer" + (
+        "\nfrom peft import PeftConfig, PeftModel" if record["adapter"] else ""
+    )
+    return imports, loading
 
 
 def _row(part: Mapping[str, Any]) -> str:

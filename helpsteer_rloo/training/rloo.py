@@ -24,17 +24,13 @@ from helpsteer_rloo.model.roles import (
 )
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample_groups, sequence_seed, supports_sampler
 from helpsteer_rloo.model.sharding import whole_weights
-from helpsteer_rloo.objectives import (
-    clipped_policy_losses,
-    kl_terms,
-    truncated_weights,
-    with_weighted_gradient,
-)
+from helpsteer_rloo.objectives import kl_terms
 from helpsteer_rloo.packing import token_count
 from helpsteer_rloo.training import rollout_buffer
 from helpsteer_rloo.training.exact_resume import Position
 from helpsteer_rloo.training.packed import row_budget, set_up_packing
 from helpsteer_rloo.training.rloo_config import RLOOConfig
+from helpsteer_rloo.training.rloo_objective import RLOOObjective
 from helpsteer_rloo.training.rloo_scoring import ScoredRLOOTrainer, gathered, has_images
 from helpsteer_rloo.training.rollouts import (
     KnownTokens,
@@ -52,7 +48,7 @@ from helpsteer_rloo.training.rollouts import (
     units_of,
 )
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
-from helpsteer_rloo.training.row_stats import RowStats, metrics_of, row_stats, summed, with_gaps, with_weights
+from helpsteer_rloo.training.row_stats import RowStats, metrics_of, summed
 from helpsteer_rloo.training.vllm import TellingVLLM
 
 __all__ = ["RLOOConfig", "RLOOTrainer"]
@@ -77,6 +73,13 @@ class RLOOTrainer(ScoredRLOOTrainer):
         """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this project's."""
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._passes = RowPasses(self, self._set_up_packing())
+        self._objective = RLOOObjective(
+            clip=(self.epsilon_low, self.epsilon_high),
+            kl_estimator=self.kl_estimator,
+            kl_in_loss=self.kl_in == "loss",
+            importance_correction=self.importance_correction,
+            importance_cap=self.importance_cap,
+        )
         self._slices: list[TrainingSlice] = []
         self._unlogged: list[RowStats] = []
         self._sampled_at_once, self._computed_at_once = AtOnce(), AtOnce()
@@ -348,32 +351,10 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if batch.old_T is None:
             self._fill_in(batch, row, known)
         places = torch.tensor(row.places, device=batch.counted_B.device)
-        counted_B, advantage_B = batch.counted_B[places], batch.advantage_B[places]
-        log_ratio_T, weights = found.log_probs - known.old_T, self._importance_weights(known, lengths)
-        if weights is not None and self.importance_correction == "token":
-            log_ratio_T = with_weighted_gradient(log_ratio_T, weights.to(log_ratio_T.dtype))
-        log_ratio_B = sums_by_completion(log_ratio_T, lengths) * counted_B
-        losses_B = clipped_policy_losses(log_ratio_B, advantage_B, self.epsilon_low, self.epsilon_high)
-        if weights is not None and self.importance_correction == "sequence":
-            losses_B = losses_B * weights.to(losses_B.dtype)
-        if self.kl_in == "loss" and known.reference_T is not None:
-            terms_T = kl_terms(found.log_probs, known.reference_T, self.kl_estimator)
-            losses_B = losses_B + batch.kl_coef * sums_by_completion(terms_T, lengths) * counted_B
-        tokens_B = torch.tensor(lengths, device=places.device) * counted_B
-        entropy_B = sums_by_completion(found.entropies, lengths) * counted_B
-        clip = (self.epsilon_low, self.epsilon_high)
-        stats = row_stats(log_ratio_B.exp(), advantage_B, entropy_B, tokens_B, clip)
-        return losses_B.sum() * inputs.weight, with_weights(with_gaps(stats, known), weights, self.importance_cap)
-
-    def _importance_weights(self, known: KnownTokens, lengths: Sequence[int]) -> Tensor | None:
-        """Importance weights of a row's tokens, `[T]`, or of its completions, `[B]`; None without a correction."""
-        if self.importance_correction == "none" or known.drawn_T is None:
-            return None
-        log_weights_T = known.old_T - known.drawn_T
-        whole = self.importance_correction == "sequence"
-        return truncated_weights(
-            sums_by_completion(log_weights_T, lengths) if whole else log_weights_T, self.importance_cap
+        losses_B, stats = self._objective.losses(
+            found, known, lengths, batch.counted_B[places], batch.advantage_B[places], batch.kl_coef
         )
+        return losses_B.sum() * inputs.weight, stats
 
     def _fill_in(self, batch: TrainingBatch, row: RolloutRow, known: KnownTokens) -> None:
         """Rewards and advantages of whole groups whose policy log-probabilities have just been computed."""
