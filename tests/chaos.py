@@ -103,10 +103,11 @@ def live(world: Path, lane: Path, record: Record, chance: random.Random) -> bool
 
 
 def kill(process: subprocess.Popen[str], lane: Path, record: Record, chance: random.Random) -> None:
-    """End a run by a signal, and note where it was."""
+    """End a run by a signal, and note where it was, unless the signal came too late."""
     by_term = chance.random() < TERMINATED
     os.killpg(process.pid, signal.SIGTERM if by_term else signal.SIGKILL)
-    process.wait(HANGING)
+    if process.wait(HANGING) == 0:  # it had just come to its end
+        return
     started = sorted((lane / "run" / "stages").glob("*.started.json"))
     where = started[-1].name.removesuffix(".started.json") if started else "between stages"
     record.kills[f"{'SIGTERM' if by_term else 'SIGKILL'} in {where}"] += 1
