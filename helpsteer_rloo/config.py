@@ -129,6 +129,7 @@ REWARD = CommandSpec(
     },
     refused={
         "chat_template_path": "the chat template is the tokenizer's own.",
+        "label_smoothing_factor": "it is that of classification; --label_smoothing is that of preferences.",
         "resume_from_checkpoint": "an interrupted run goes on by itself when the same command is given again.",
         "save_only_model": "a run goes on from its checkpoints, for which they need the optimizer's state.",
         "parallelism_config": "it comes from accelerate's own configuration: accelerate config.",

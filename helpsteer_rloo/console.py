@@ -126,6 +126,56 @@ def benchmark_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def judgement_table(name: str, judged: Mapping[str, Any]) -> Table:
+    """Everything that was measured of a reward model."""
+    table = Table(title=f"Reward model {escape(name)}, {judged['heldout_pairs']} held-out pairs", title_justify="left")
+    table.add_column("what")
+    table.add_column("value (count)", justify="right")
+    table.add_column("95 % interval", justify="right")
+    overall = {"value": judged["heldout_accuracy"], "interval": judged["interval"], "count": judged["heldout_pairs"]}
+    shown = (
+        "by_domain",
+        "by_strength",
+        "by_turns",
+        "by_length",
+        "ceiling",
+        "most_certain",
+        "calibration",
+        "biases",
+        "probes",
+    )
+    for label, value in _flat({"accuracy": overall, **{name: judged[name] for name in shown}}):
+        if not isinstance(value, list):
+            table.add_row(escape(label.replace("_", " ")), *_cells(value))
+    return table
+
+
+def findings_table(findings: Sequence[Mapping[str, Any]]) -> Table:
+    """What the numbers mean, those first that call for a look."""
+    table = Table(title="What this means", title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("")
+    for found in findings:
+        table.add_row("[yellow]look[/]" if found["concern"] else "[green]ok[/]", escape(found["sentence"]))
+    return table
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """Reward models side by side on the same pairs."""
+    table = Table(title=f"Compared on {found['pairs']} pairs", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, part in found["accuracy"].items():
+        table.add_row(f"accuracy: {escape(name)}", *_cells(part))
+    for pair in found["compared"]:
+        names = escape(f"{pair['second']} - {pair['first']}")
+        table.add_row(f"difference: {names}", *_cells(pair["difference"]))
+        table.add_row(f"agreement: {names}", f"{pair['agreement']:.3f}", "")
+        table.add_row(f"McNemar p: {names}", f"{pair['mcnemar_p']:.3g}", "")
+    return table
+
+
 def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The numbers of a nested result by their names, estimates as one."""
     for name, value in result.items():

@@ -1,4 +1,4 @@
-"""`helpsteer-rloo evaluate`: a reward model, or scores that somebody else computed, on an offline benchmark."""
+"""`helpsteer-rloo evaluate`: a reward model on its held-out pairs, or it or scores from elsewhere on a benchmark."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import benchmark_table, say, show
+from helpsteer_rloo.judge_command import JudgeKnobs, own_renderer, run_judgement
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model
@@ -21,23 +22,19 @@ BENCHMARKS = ("judgebench", "rm_bench", "rewardbench2", "helpsteer3")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateKnobs:
+class EvaluateKnobs(JudgeKnobs):
     """What is judged, on which benchmark, and where the result goes."""
 
-    benchmark: str = field(default="", metadata={"help": f"One of {', '.join(BENCHMARKS)}."})
+    benchmark: str = field(
+        default="",
+        metadata={"help": f"One of {', '.join(BENCHMARKS)}. Without it, the model is judged on its held-out pairs."},
+    )
     benchmark_path: str = field(default="", metadata={"help": "File or directory in the benchmark's published format."})
-    reward_model_dir: str | None = field(default=None, metadata={"help": "Directory of the reward model to judge."})
     scores: str | None = field(
         default=None,
         metadata={"help": 'Judge the scores in this .jsonl file instead: {"id", "field", "score"} a response.'},
     )
     dump_scores: str | None = field(default=None, metadata={"help": "Write the scores to this .jsonl file."})
-    output: str | None = field(default=None, metadata={"help": "Write the result to this .json file."})
-    batch_size: int = field(default=8, metadata={"help": "Responses scored in one forward pass."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt and response, in tokens (default: the reward model's)."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the reward model."})
 
 
 EVALUATE = CommandSpec(
@@ -59,24 +56,41 @@ def check_evaluate(settings: Settings[EvaluateKnobs]) -> None:
         ValueError: one is missing or out of range, or two exclude each other.
     """
     own = settings.own
-    if own.benchmark not in BENCHMARKS:
+    if own.benchmark not in ("", *BENCHMARKS):
         raise ValueError(f"--benchmark is {own.benchmark!r}; expected one of {', '.join(BENCHMARKS)}.")
-    if not own.benchmark_path.strip():
-        raise ValueError("--benchmark_path is missing; expected a file or directory.")
-    if (own.reward_model_dir is None) == (own.scores is None):
-        raise ValueError("Give either --reward_model_dir or --scores: what is to be judged.")
+    _check_target(own)
     if own.batch_size < 1:
         raise ValueError(f"--batch_size is {own.batch_size}; expected at least 1.")
     if own.max_length is not None and own.max_length < MINIMUM_LENGTH:
         raise ValueError(f"--max_length is {own.max_length}; expected at least {MINIMUM_LENGTH} tokens.")
 
 
+_OF_BENCHMARKS = ("benchmark_path", "scores", "dump_scores")
+_OF_PAIRS = ("compare_with", "dataset_name", "language", "domains", "skip_bad_rows")
+
+
+def _check_target(own: EvaluateKnobs) -> None:
+    """Refuse flags of the other use of the command, with a benchmark or without."""
+    strangers = [f"--{name}" for name in (_OF_PAIRS if own.benchmark else _OF_BENCHMARKS) if getattr(own, name)]
+    if strangers and own.benchmark:
+        raise ValueError(f"{', '.join(strangers)} cannot be used with --benchmark, which is read as it is.")
+    if strangers:
+        raise ValueError(f"--benchmark is missing; {', '.join(strangers)} needs one of {', '.join(BENCHMARKS)}.")
+    if own.benchmark and not own.benchmark_path.strip():
+        raise ValueError("--benchmark_path is missing; expected a file or directory.")
+    if (own.reward_model_dir is None) == (own.scores is None):
+        raise ValueError("Give either --reward_model_dir or --scores: what is to be judged.")
+
+
 def run_evaluate(settings: Settings[EvaluateKnobs]) -> None:
-    """Score or read scores, compute the benchmark's result, print it and write it.
+    """Judge a reward model on its held-out pairs, or the benchmark that was asked for; print the result and write it.
 
     Raises:
         ValueError: a file cannot be read, the reward model is none of this project, or nothing could be scored.
     """
+    if not settings.own.benchmark:
+        run_judgement(settings.own)
+        return
     from helpsteer_rloo.evaluation.benchmarks.scores import write_scores
 
     own = settings.own
@@ -129,19 +143,11 @@ def _scores(own: EvaluateKnobs, items: "list[Item]") -> "tuple[Scores, Counter[s
     if own.scores is not None:
         scores, unused = read_scores(Path(own.scores), items)
         return scores, Counter({"scores_of_no_item": unused} if unused else {}), {"scores": own.scores}
-    from helpsteer_rloo.model.loading import load_reward_model, load_tokenizer
-    from helpsteer_rloo.rendering import Renderer
+    from helpsteer_rloo.model.loading import load_reward_model
 
     directory = str(own.reward_model_dir)
     record = check_reward_model(directory, "--reward_model_dir", trusted=own.trust_remote_code)
-    tokenizer = load_tokenizer(directory, trust_remote_code=own.trust_remote_code)
-    renderer = Renderer(tokenizer, thinking=record["thinking"])
-    different = renderer.differences(record["rendering"])
-    if different:
-        raise ValueError(
-            f"--reward_model_dir {directory}: its tokenizer renders text otherwise than in training: "
-            f"{', '.join(different)} differ. Copy the directory again."
-        )
+    renderer = own_renderer(directory, record, "--reward_model_dir", trusted=own.trust_remote_code)
     max_length = own.max_length or record["rendering"]["max_length"]
     model, _ = load_reward_model(directory)
     scores, counts = score_items(model, renderer, items, max_length, own.batch_size)

@@ -53,7 +53,8 @@ class Preference:
 
     `strength` is 1 (slightly), 2 (better) or 3 (much better); `row` is the 0-based index of the labelled row in the
     data set, so that a number can be traced to its source; `domain` and `language` are that row's, and
-    `chosen_response` says which of its responses, 1 or 2, is the chosen one.
+    `chosen_response` says which of its responses, 1 or 2, is the chosen one. `annotators` holds the scores of the
+    single annotators, from 3 (the chosen one is much better) to -3 (the rejected one is), where the data set has them.
 
     >>> Preference(chosen=0, rejected=1, strength=2, row=17, domain="general", language="english").strength
     2
@@ -66,6 +67,7 @@ class Preference:
     domain: str
     language: str
     chosen_response: int = 1
+    annotators: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 DEFAULT_MODEL = "Qwen/Qwen3-8B"
 DEFAULT_REWARD_MODEL_DIR = "models/qwen3_8b_reward_model"
 DEFAULT_POLICY_DIR = "models/rloo_helpsteer3"
+LOSSES = ("bt", "margin", "scaled")
 
 
 def _knob(default: Any, help_text: str) -> Any:
@@ -96,10 +97,23 @@ class RewardKnobs(EngineKnobs):
 
     output_dir: str = _knob(DEFAULT_REWARD_MODEL_DIR, "Directory of the trained reward model.")
     sample_predictions: int = _knob(8, "Held-out pairs to print with their scores after training.")
+    loss: str = _knob(
+        "bt",
+        "'bt': Bradley-Terry; 'margin': the chosen response ought to score higher by the strength of the preference, "
+        "1 to 3; 'scaled': Bradley-Terry, every pair counted by that strength.",
+    )
+    label_smoothing: float = _knob(0.0, "Probability that a label is wrong, below 0.5.")
+    weight_by_agreement: bool = _knob(False, "Count every pair by the share of annotators who agree with its label.")
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
         super().__post_init__()
+        _require(self.loss in LOSSES, "loss", self.loss, ", ".join(LOSSES))
+        _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "from 0 to below 0.5")
+        if self.engine == "trl":
+            _require(self.loss != "scaled", "loss", self.loss, "bt or margin with --engine trl")
+            for name in ("label_smoothing", "weight_by_agreement"):
+                _require(not getattr(self, name), name, getattr(self, name), "none with --engine trl")
         _require_directory("output_dir", self.output_dir)
         _require(self.sample_predictions >= 0, "sample_predictions", self.sample_predictions, "0 or more")
 

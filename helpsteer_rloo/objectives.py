@@ -71,6 +71,42 @@ def bradley_terry_loss(margins_P: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(margins_P).mean()
 
 
+def preference_losses(
+    chosen_P: Tensor,
+    rejected_P: Tensor,
+    *,
+    margins_P: Tensor | None = None,
+    weights_P: Tensor | None = None,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Loss of each preference, `[P]`, in nats.
+
+    With d = chosen - rejected - margin:
+
+        loss = weight * (-(1 - e) log sigma(d) - e log sigma(-d))
+
+    Without margin, weight and e it is that of Bradley & Terry (1952). A margin m(strength) is that of Touvron et al.
+    2023 (arXiv 2307.09288, eq. 2); a weight that is the strength gives the scaled Bradley-Terry loss of Wang et al.
+    2024 (arXiv 2410.01257, section 3); e is the probability that a label is wrong (Mitchell 2023, "A note on DPO with
+    noisy preferences", eq. 3, for rewards).
+
+    Args:
+        chosen_P: Scores of the chosen responses.
+        rejected_P: Scores of the rejected ones.
+        margins_P: By how much the chosen one ought to score higher.
+        weights_P: How much each preference counts.
+        smoothing: e, from 0 up to, not including, 0.5.
+
+    >>> preference_losses(torch.tensor([1.0]), torch.tensor([0.0]), weights_P=torch.tensor([2.0]))
+    tensor([0.6265])
+    """
+    margin_P = chosen_P - rejected_P if margins_P is None else chosen_P - rejected_P - margins_P
+    losses_P = -torch.nn.functional.logsigmoid(margin_P)
+    if smoothing:
+        losses_P = losses_P + smoothing * margin_P  # log sigma(d) - log sigma(-d) = d
+    return losses_P if weights_P is None else weights_P * losses_P
+
+
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LARGEST_GAP = 0.1
 """Nats by which sampler and trainer may differ on a token before it is counted as one that differs."""

@@ -82,6 +82,12 @@ class Renderer:
         self._check_controls(ids, expected=0)
         return tuple(ids) + ((self.end_of_turn_id,) if ended else ())
 
+    def text_of(self, continuation_ids: Sequence[int]) -> str:
+        """The text of a continuation, without its end of turn; stray control tokens are spelled out."""
+        ended = bool(continuation_ids) and continuation_ids[-1] == self.end_of_turn_id
+        body = list(continuation_ids[:-1] if ended else continuation_ids)
+        return str(self.tokenizer.decode(body, skip_special_tokens=False))
+
     def fit_prompt(
         self, messages: Sequence[Message], response_tokens: int, max_length: int
     ) -> tuple[tuple[Message, ...], tuple[int, ...]] | None:

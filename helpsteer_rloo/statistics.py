@@ -1,7 +1,7 @@
-"""Intervals for the numbers that are reported: proportions over clustered observations, and paired differences."""
+"""Intervals for the numbers that are reported: shares, means, and any statistic of clustered observations."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,9 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+RESAMPLES = 2000
+Weights = np.ndarray[Any, np.dtype[np.float64]]
+"""How often each observation counts, `[n]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,11 @@ class Estimate:
     def interval(self) -> list[float | None]:
         """Both ends of the interval, `None` where it is undefined."""
         return [None if math.isnan(end) else end for end in (self.low, self.high)]
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
         """The estimate as it is printed: `0.861 [0.832, 0.886], n = 640`."""
@@ -119,3 +127,50 @@ def mean_of_means(strata: Sequence[Sequence[float]]) -> Estimate:
     error = math.sqrt(sum(float(array.var(ddof=1)) / len(array) for array in arrays)) / len(arrays)
     half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * error
     return Estimate(centre, centre - half, centre + half, count)
+
+
+def bootstrap(statistic: Callable[[Weights], float], clusters: Sequence[Hashable], seed: int = 0) -> Estimate:
+    """A statistic of clustered observations, with the percentile interval of the cluster bootstrap.
+
+    Whole clusters (the pairs on one prompt) are drawn with replacement, as many as there are (Davison & Hinkley 1997,
+    section 3.8; `scipy.stats.bootstrap` draws single observations). Resamples for which the statistic is undefined are
+    left out; with fewer than two clusters there is no interval: it is NaN.
+
+    Args:
+        statistic: From the weight of each observation, `[n]`, to a number, NaN if it is undefined. The weights are how
+            often the observation was drawn; all are 1 for the data themselves.
+        clusters: The cluster of each observation.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: there is no observation.
+    """
+    if not len(clusters):
+        raise ValueError("A statistic of nothing is undefined: there is no observation.")
+    value = statistic(np.ones(len(clusters)))
+    numbers: dict[Hashable, int] = {}
+    place = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    number = len(numbers)
+    if number < 2 or math.isnan(value):
+        return Estimate(value, math.nan, math.nan, len(clusters))
+    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
+    values = np.array([statistic(draw[place].astype(float)) for draw in draws])
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return Estimate(value, float(low), float(high), len(clusters))
+
+
+def weighted_mean(values: Sequence[float] | Weights, weights: Weights) -> float:
+    """The mean of values by weight; NaN where there is no weight."""
+    total = float(weights.sum())
+    return float(weights @ np.asarray(values, dtype=float)) / total if total else math.nan
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """A mean of clustered observations, with the interval of the cluster bootstrap.
+
+    >>> clustered_mean([1.0, 1.0, 1.0], ["a", "a", "b"]).value
+    1.0
+    """
+    array = np.asarray(values, dtype=float)
+    return bootstrap(lambda weights: weighted_mean(array, weights), clusters)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import Settings
-from helpsteer_rloo.console import data_table, predictions_table, say, show
+from helpsteer_rloo.console import data_table, findings_table, predictions_table, say, show
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.identity import effective_settings, reward_model_identity, tokenizer_identity
 from helpsteer_rloo.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
@@ -180,17 +180,20 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext) ->
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.cards import reward_model_card
-        from helpsteer_rloo.evaluation.preference import judge, spread_sample, summarize
+        from helpsteer_rloo.evaluation.preference import spread_sample
+        from helpsteer_rloo.evaluation.reward_model import judge_reward_model
         from helpsteer_rloo.model.loading import load_reward_model
         from helpsteer_rloo.model.memory import release
 
         model, record = load_reward_model(directory)
-        judgements = judge(model, context.prepared.groups["validation"], batch_size)
+        judgements, heldout = judge_reward_model(
+            model, context.renderer, context.prepared.groups["validation"], batch_size, settings.own.max_length
+        )
         del model
         release()
         sample = [j.to_json() for j in spread_sample(judgements, settings.own.sample_predictions)]
         show(predictions_table(sample))
-        heldout = summarize(judgements)
+        show(findings_table(heldout["findings"]))
         write_json(directory / REWARD_MODEL_RECORD, {**record, "heldout": heldout, "sample_predictions": sample})
         write_text(directory / "README.md", reward_model_card({**record, "heldout": heldout}))
         low, high = heldout["interval"]

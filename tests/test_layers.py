@@ -42,7 +42,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data", "rendering", "packing"}),
     frozenset({"model"}),
     frozenset({"training", "evaluation", "serving", "report"}),
-    frozenset({"pipeline", "steps", "stages", "cli", "console", "demo", "data_command", "evaluate_command"}),
+    frozenset(
+        {"pipeline", "steps", "stages", "cli", "console", "demo", "data_command", "evaluate_command", "judge_command"}
+    ),
 )
 # The parts of this layer meet through the run directory and never import each other.
 SEPARATE = LAYERS[3]
@@ -67,6 +69,7 @@ LIGHT = frozenset(
         "demo",
         "data_command",
         "evaluate_command",
+        "judge_command",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from helpsteer_rloo.statistics import Estimate, mean, proportion
+from helpsteer_rloo.statistics import Estimate, bootstrap, clustered_mean, mean, proportion, weighted_mean
 
 
 def wilson(hits, count):
@@ -155,3 +155,58 @@ def test_an_estimate_is_written_and_printed_with_interval_and_count():
     estimate = Estimate(0.8612, 0.8321, 0.8857, 640)
     assert estimate.to_json() == {"value": 0.8612, "interval": [0.8321, 0.8857], "count": 640}
     assert str(estimate) == "0.861 [0.832, 0.886], n = 640"
+
+
+# ---- the cluster bootstrap -------------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_of_independent_observations_is_about_students_interval():
+    values = np.random.default_rng(0).normal(2, 1, 400).tolist()
+    assert clustered_mean(values, range(400)).value == pytest.approx(np.mean(values))
+    assert interval(clustered_mean(values, range(400))) == pytest.approx(interval(mean(values)), abs=0.02)
+
+
+def test_the_bootstrap_of_shares_agrees_with_the_design_effect():
+    rng = np.random.default_rng(1)
+    owners = [i // 4 for i in range(800)]
+    hits = [float(rng.random() < (0.9 if owner % 2 else 0.5)) for owner in owners]
+    assert interval(clustered_mean(hits, owners)) == pytest.approx(interval(proportion(hits, owners)), abs=0.01)
+
+
+def test_copies_of_an_observation_tell_no_more_than_it_does():
+    values = np.random.default_rng(2).normal(0, 1, 50).tolist()
+    once = clustered_mean(values, range(50))
+    copied = clustered_mean([v for v in values for _ in range(9)], [i for i in range(50) for _ in range(9)])
+    assert interval(copied) == pytest.approx(interval(once), abs=1e-9)
+    assert copied.count == 450
+
+
+def test_the_bootstrap_covers_the_truth():
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(100):
+        centres = rng.normal(0, 1, 60)
+        estimate = clustered_mean(
+            (centres[:, None] + rng.normal(0, 1, (60, 3))).ravel().tolist(), np.repeat(range(60), 3)
+        )
+        covered += estimate.low <= 0 <= estimate.high
+    assert 88 <= covered <= 99
+
+
+def test_one_cluster_has_no_interval_and_no_observation_is_refused():
+    assert clustered_mean([1.0, 2.0], ["a", "a"]).interval() == [None, None]
+    with pytest.raises(ValueError, match="no observation"):
+        clustered_mean([], [])
+
+
+def test_resamples_without_the_statistic_are_left_out():
+    values, here = np.array([1.0, 3.0, 5.0]), np.array([1.0, 0.0, 0.0])
+    estimate = bootstrap(lambda weights: weighted_mean(values, weights * here), [0, 1, 2])
+    assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_zero_outside_of_the_interval_is_seen():
+    assert Estimate(0.2, 0.1, 0.3, 5).excludes_zero
+    assert Estimate(-0.2, -0.3, -0.1, 5).excludes_zero
+    assert not Estimate(0.2, -0.1, 0.3, 5).excludes_zero
+    assert not Estimate(0.2, float("nan"), float("nan"), 1).excludes_zero

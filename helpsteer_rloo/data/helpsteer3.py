@@ -4,6 +4,7 @@ Polarity: a negative `overall_preference` means that response 1 is better, a pos
 magnitude is the strength (1 slightly, 2 better, 3 much better). Source: the data set's card, and NVIDIA's own loader.
 """
 
+import dataclasses
 import hashlib
 import html
 import json
@@ -11,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from helpsteer_rloo.data.fields import FieldReader, shown
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, locate, read_rows
@@ -36,6 +37,7 @@ class Row:
     context: tuple[Message, ...]
     responses: tuple[str, str]
     overall_preference: int
+    annotators: tuple[int, ...] = ()
 
 
 @dataclass
@@ -113,6 +115,7 @@ def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
         context=check.context(),
         responses=(check.text(raw.content, "response1"), check.text(raw.content, "response2")),
         overall_preference=check.preference(),
+        annotators=check.annotators(),
     )
     decoded = _decode_entities(row, html_entities)
     counts.entities_decoded += decoded != row
@@ -136,10 +139,24 @@ class _RowReader(FieldReader):
         return tuple(messages)
 
     def preference(self) -> int:
-        value = self.value(self.raw.content, "overall_preference")
+        return self._score(self.value(self.raw.content, "overall_preference"), "overall_preference")
+
+    def annotators(self) -> tuple[int, ...]:
+        """The scores of `individual_preference`, which neither a row nor an annotator in it need have."""
+        content = self.raw.content
+        if not isinstance(content, dict) or content.get("individual_preference") is None:
+            return ()
+        given = content["individual_preference"]
+        if not isinstance(given, list):
+            raise self.bad("individual_preference", f"expected a list, got {type(given).__name__}")
+        named = ((f"individual_preference[{number}].", one) for number, one in enumerate(given))
+        scored = ((path, one) for path, one in named if not isinstance(one, dict) or one.get("score") is not None)
+        return tuple(self._score(self.value(one, "score", path), f"{path}score") for path, one in scored)
+
+    def _score(self, value: Any, place: str) -> int:
         whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
         if not whole or not -3 <= value <= 3:
-            raise self.bad("overall_preference", f"expected a whole number from -3 to 3, got {shown(value)}")
+            raise self.bad(place, f"expected a whole number from -3 to 3, got {shown(value)}")
         return int(value)
 
 
@@ -149,7 +166,7 @@ def _decode_entities(row: Row, where: str) -> Row:
     context = tuple(Message(m.role, _decoded(m.content)) for m in row.context)
     first, second = row.responses
     responses = (_decoded(first), _decoded(second)) if where == "all" else row.responses
-    return Row(row.index, row.split, row.domain, row.language, context, responses, row.overall_preference)
+    return dataclasses.replace(row, context=context, responses=responses)
 
 
 def _decoded(text: str) -> str:
@@ -234,8 +251,18 @@ def group_rows(rows: list[Row]) -> PromptGroup:
         better = chosen_response(row)
         first, second = (index.setdefault(text, len(index)) for text in row.responses)
         chosen, rejected = (first, second) if better == 1 else (second, first)
-        strength = abs(row.overall_preference)
-        preferences.append(Preference(chosen, rejected, strength, row.index, row.domain, row.language, better))
+        preferences.append(
+            Preference(
+                chosen,
+                rejected,
+                strength=abs(row.overall_preference),
+                row=row.index,
+                domain=row.domain,
+                language=row.language,
+                chosen_response=better,
+                annotators=tuple(-score if better == 1 else score for score in row.annotators),
+            )
+        )
     return PromptGroup(rows[0].context, tuple(Continuation(text) for text in index), tuple(preferences))
 
 

@@ -1,12 +1,13 @@
-"""Held-out accuracy of a reward model, and a table of sample predictions."""
+"""Held-out pairs and the scores that a reward model gives their responses; its accuracy, whole and in parts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from helpsteer_rloo.evaluation.text_features import markdown_marks
 from helpsteer_rloo.groups import Preference, TokenGroup
 from helpsteer_rloo.model.forward import score_groups
 from helpsteer_rloo.model.loading import Model
@@ -14,22 +15,41 @@ from helpsteer_rloo.objectives import preference_margins
 from helpsteer_rloo.statistics import proportion
 
 CHANCE = 0.5
+LENGTH_CLASSES = 4
+"""Classes of equal size that pairs are put into by their length."""
+MANY_TURNS = 4
+"""User turns from which conversations are counted together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredResponse:
+    """A response with its score, its length in tokens, and the number of its headings, list items and bold phrases."""
+
+    score: float
+    tokens: int = 0
+    markdown: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One held-out pair with its scores; `group` numbers the prompts, `prompt` is the last user turn."""
+    """One held-out pair with its scores.
+
+    `group` numbers the prompts; `prompt` is the last user turn, `turns` the number of them, `length` that of the prompt
+    and the longer response in tokens.
+    """
 
     group: int
     preference: Preference
-    prompt: str
-    chosen_score: float
-    rejected_score: float
+    chosen: ScoredResponse
+    rejected: ScoredResponse
+    prompt: str = ""
+    turns: int = 1
+    length: int = 0
 
     @property
     def margin(self) -> float:
         """Score of the chosen response minus that of the rejected one."""
-        return self.chosen_score - self.rejected_score
+        return self.chosen.score - self.rejected.score
 
     @property
     def right(self) -> bool:
@@ -43,32 +63,53 @@ class Judgement:
             "domain": self.preference.domain,
             "strength": self.preference.strength,
             "prompt": self.prompt,
-            "chosen_score": self.chosen_score,
-            "rejected_score": self.rejected_score,
+            "chosen_score": self.chosen.score,
+            "rejected_score": self.rejected.score,
             "margin": self.margin,
             "right": self.right,
         }
 
 
-def judge(model: Model, groups: Sequence[TokenGroup], batch_size: int) -> list[Judgement]:
-    """Score every continuation of every group once, and compare the pairs."""
-    judgements = []
+def judge(
+    model: Model, groups: Sequence[TokenGroup], batch_size: int, text_of: Callable[[Sequence[int]], str] | None = None
+) -> list[Judgement]:
+    """Score every continuation of every group once, and compare the pairs.
+
+    Args:
+        model: A reward model.
+        groups: With preferences.
+        batch_size: Continuations in one forward pass.
+        text_of: From a continuation's ids to its text, whose markdown is to be counted.
+    """
+    judgements: list[Judgement] = []
     chunk = max(1, 8 * batch_size)
     for start in tqdm(range(0, len(groups), chunk), desc="Scoring held-out pairs", leave=False):
         part = groups[start : start + chunk]
         scores = score_groups(model, part, batch_size)
         for number, (group, own) in enumerate(zip(part, scores, strict=True), start=start):
-            judgements += [
-                Judgement(number, p, group.prompt[-1].content, own[p.chosen], own[p.rejected])
-                for p in group.preferences
+            responses = [
+                ScoredResponse(score, len(ids), markdown_marks(text_of(ids)) if text_of else 0)
+                for score, ids in zip(own, group.continuation_ids, strict=True)
             ]
+            judgements += _judgements(number, group, responses)
+    return judgements
+
+
+def _judgements(number: int, group: TokenGroup, responses: Sequence[ScoredResponse]) -> list[Judgement]:
+    turns = sum(message.role == "user" for message in group.prompt)
+    judgements: list[Judgement] = []
+    for preference in group.preferences:
+        chosen, rejected = responses[preference.chosen], responses[preference.rejected]
+        length = len(group.prompt_ids) + max(chosen.tokens, rejected.tokens)
+        prompt = group.prompt[-1].content if group.prompt else ""
+        judgements.append(Judgement(number, preference, chosen, rejected, prompt, turns, length))
     return judgements
 
 
 def summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Accuracy with a 95 % interval that respects shared prompts, overall and by domain and strength; mean loss."""
+    """Accuracy with a 95 % interval that respects shared prompts, overall and in parts; mean margin and mean loss."""
     overall = proportion([j.right for j in judgements], [j.group for j in judgements])
-    scores = torch.tensor([[j.chosen_score, j.rejected_score] for j in judgements])
+    scores = torch.tensor([[j.chosen.score, j.rejected.score] for j in judgements])
     return {
         "heldout_accuracy": overall.value,
         "interval": [overall.low, overall.high],
@@ -77,15 +118,45 @@ def summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "better_than_chance": overall.low > CHANCE,
         "mean_margin": preference_margins(scores).mean().item(),
         "log_loss": -torch.nn.functional.logsigmoid(preference_margins(scores)).mean().item(),
-        "by_domain": _by(judgements, "domain"),
-        "by_strength": _by(judgements, "strength"),
+        "by_domain": _by(judgements, [j.preference.domain for j in judgements]),
+        "by_strength": _by(judgements, [str(j.preference.strength) for j in judgements]),
+        "by_turns": _by(judgements, [_turns(j) for j in judgements]),
+        "by_length": _by(judgements, _length_classes([j.length for j in judgements])),
     }
 
 
-def _by(judgements: Sequence[Judgement], name: str) -> dict[str, Any]:
-    values = sorted({getattr(j.preference, name) for j in judgements})
-    parts = {value: [j for j in judgements if getattr(j.preference, name) == value] for value in values}
-    return {str(v): proportion([j.right for j in part], [j.group for j in part]).to_json() for v, part in parts.items()}
+def _by(judgements: Sequence[Judgement], labels: Sequence[str]) -> dict[str, Any]:
+    """Accuracy of the judgements with each label, in the order of the labels."""
+    parts: dict[str, list[Judgement]] = {label: [] for label in sorted(set(labels), key=_natural)}
+    for judgement, label in zip(judgements, labels, strict=True):
+        parts[label].append(judgement)
+    return {
+        label: proportion([j.right for j in part], [j.group for j in part]).to_json() for label, part in parts.items()
+    }
+
+
+def _natural(label: str) -> tuple[int, str]:
+    digits = label.split(" ")[0].rstrip("+")
+    return (int(digits) if digits.isdecimal() else 0, label)
+
+
+def _turns(judgement: Judgement) -> str:
+    return f"{MANY_TURNS}+" if judgement.turns >= MANY_TURNS else str(judgement.turns)
+
+
+def _length_classes(lengths: Sequence[int]) -> list[str]:
+    """The class of each length among `LENGTH_CLASSES` of about equal size, named by its ends.
+
+    >>> _length_classes([1, 2, 3, 4, 5, 6, 7, 8])[::2]
+    ['1 to 2', '3 to 4', '5 to 6', '7 to 8']
+    """
+    ordered = sorted(lengths)
+    starts = sorted({ordered[len(ordered) * i // LENGTH_CLASSES] for i in range(LENGTH_CLASSES)})
+    ends = [*(start - 1 for start in starts[1:]), ordered[-1]]
+    return [
+        next(f"{start} to {end}" for start, end in zip(starts, ends, strict=True) if start <= length <= end)
+        for length in lengths
+    ]
 
 
 def spread_sample(judgements: Sequence[Judgement], count: int) -> list[Judgement]:

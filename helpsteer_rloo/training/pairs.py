@@ -14,12 +14,16 @@ from helpsteer_rloo.packing import PackedRow, group_sequences, pack, token_count
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A preference as token ids, prompt and response together; pairs with the same `group` share their prompt."""
+    """A preference as token ids, prompt and response together; pairs with the same `group` share their prompt.
+
+    `margin` is by how much the chosen one ought to score higher, `weight` how much the pair counts.
+    """
 
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     margin: float | None = None
     group: int | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class PairRow:
     chosen: list[int]
     rejected: list[int]
     margins: list[float] | None
+    weights: list[float] | None
     pair_tokens: int
 
     def halves(self) -> list["PairRow"]:
@@ -54,10 +59,10 @@ class PairBatch:
 
 
 def collate_pairs(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Pair]]:
-    """A batch of rows with `chosen_ids`, `rejected_ids` and, if there are any, `margin` and `group`."""
+    """A batch of rows with `chosen_ids`, `rejected_ids` and, if there are any, `margin`, `group` and `weight`."""
     return {
         "pairs": [
-            Pair(tuple(row["chosen_ids"]), tuple(row["rejected_ids"]), row.get("margin"), row.get("group"))
+            Pair(tuple(row["chosen_ids"]), tuple(row["rejected_ids"]), *map(row.get, ("margin", "group", "weight")))
             for row in examples
         ]
     }
@@ -84,10 +89,11 @@ def pack_pairs(pairs: Sequence[Pair], tokens: int | None) -> list[PairRow]:
     """Pack pairs into rows of at most `tokens` tokens; pairs on one prompt that are more go into several rows.
 
     Raises:
-        ValueError: some of the pairs have a margin and others none.
+        ValueError: some of the pairs have a margin, or a weight, and others none.
     """
-    if len({pair.margin is None for pair in pairs}) > 1:
-        raise ValueError("Some pairs of a batch have a `margin` and others none; give every pair one, or no pair.")
+    for name in ("margin", "weight"):
+        if len({getattr(pair, name) is None for pair in pairs}) > 1:
+            raise ValueError(f"Some pairs of a batch have a `{name}` and others none; give every pair one, or no pair.")
     by_prompt: dict[object, list[tuple[int, Pair]]] = {}
     for place, pair in enumerate(pairs):
         by_prompt.setdefault(("alone", place) if pair.group is None else pair.group, []).append((place, pair))
@@ -120,8 +126,10 @@ def _pair_row(bundles: Sequence[_Bundle], groups: Sequence[TokenGroup]) -> PairR
     pairs = [pair for bundle in bundles for pair in bundle.pairs]
     places = [place for bundle in bundles for place in bundle.places]
     margins = [pair.margin for pair in pairs if pair.margin is not None]
+    weights = [pair.weight for pair in pairs if pair.weight is not None]
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    return PairRow(PackedRow(tuple(groups)), tuple(bundles), places, chosen, rejected, margins or None, tokens)
+    row = PackedRow(tuple(groups))
+    return PairRow(row, tuple(bundles), places, chosen, rejected, margins or None, weights or None, tokens)
 
 
 @dataclass(frozen=True)

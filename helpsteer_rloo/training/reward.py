@@ -20,9 +20,11 @@ from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.knobs import RewardKnobs
 from helpsteer_rloo.model.forward import packed_scores, scalar_head, score_sequences
 from helpsteer_rloo.model.sharding import is_sharded, whole_weights
+from helpsteer_rloo.objectives import preference_losses
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing
+from helpsteer_rloo.training.pair_data import pair_dataset
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, StepShape, collate_pairs, pack_pairs
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.running import save_final, train_to_the_end
@@ -31,17 +33,18 @@ from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 
 @dataclass
 class RewardConfig(trl.RewardConfig):
-    """TRL's `RewardConfig` and two more settings."""
+    """TRL's `RewardConfig` and three more settings."""
 
     engine: str = field(default="packed", metadata={"help": "'packed' rows with shared prompts, or 'trl': its own."})
     packed_tokens: int | None = field(
         default=None,
         metadata={"help": "Most tokens in one packed row; a larger pair stands alone. Default: 4096, on a CPU 1024."},
     )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong, below 0.5."})
 
 
 class RewardTrainer(ResumesExactly, trl.RewardTrainer):
-    """TRL's `RewardTrainer`, same arguments, with six differences.
+    """TRL's `RewardTrainer`, same arguments, with seven differences.
 
     - Pairs are computed in packed rows: next to no padding, the prompt once for both responses, and for all pairs that
       share a value in the column `group`, if the data set has one. Loss and gradients are TRL's to float error; only
@@ -52,6 +55,8 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
     - Under bf16 the trained weights of a LoRA run, the head among them, are kept in float32. (PEFT leaves the head in
       the base's bf16, where most updates of 1e-5 to weights around 0.02 are rounded away.)
     - Pairs that `max_length` removes are counted and reported. (TRL drops them without a word.)
+    - A data set may have a column `weight`, how much each pair counts, and `label_smoothing` is for labels that are
+      wrong; both are refused where packed rows cannot be used.
     - The metrics of a run that goes on from a checkpoint are those of one that was not stopped.
     """
 
@@ -86,18 +91,32 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
             return 0
         obstacle = "a data collator of its own" if collator is not None else set_up_packing(self)
         if obstacle is not None:
+            self._refuse_packed_only(obstacle)
             warnings.warn(f"Using TRL's own path: packed rows cannot be used with {obstacle}.", stacklevel=4)
             return 0
         self._packed, self.data_collator = True, collate_pairs
         return row_budget(self, ours.packed_tokens if ours else None)
+
+    def _refuse_packed_only(self, obstacle: str) -> None:
+        """Refuse what TRL's passes would leave out.
+
+        Raises:
+            ValueError: there is such.
+        """
+        weighted = "weight" in (getattr(self.train_dataset, "column_names", None) or [])
+        smoothed = isinstance(self.args, RewardConfig) and self.args.label_smoothing
+        asked = [
+            name for name, is_asked in (("a column `weight`", weighted), ("label_smoothing", smoothed)) if is_asked
+        ]
+        if asked:
+            raise ValueError(f"{' and '.join(asked)} needs packed rows, which cannot be used with {obstacle}.")
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
-        if "group" not in columns:
-            columns.append("group")
+        columns += [name for name in ("group", "weight") if name not in columns]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -180,10 +199,14 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         """The loss of a row's pairs, and their rewards `[P, 2]`, chosen and rejected."""
         scores_B = self._row_scores(model, pairs.row)
         chosen_P, rejected_P = scores_B[pairs.chosen], scores_B[pairs.rejected]
-        margins_P = chosen_P - rejected_P
-        if pairs.margins is not None:
-            margins_P = margins_P - torch.tensor(pairs.margins, device=margins_P.device)
-        losses_P = -torch.nn.functional.logsigmoid(margins_P)
+        margins_P, weights_P = (
+            None if values is None else torch.tensor(values, dtype=chosen_P.dtype, device=chosen_P.device)
+            for values in (pairs.margins, pairs.weights)
+        )
+        smoothing = self.args.label_smoothing if isinstance(self.args, RewardConfig) else 0.0
+        losses_P = preference_losses(
+            chosen_P, rejected_P, margins_P=margins_P, weights_P=weights_P, smoothing=smoothing
+        )
         centering = cast(trl.RewardConfig, self.args).center_rewards_coefficient
         if centering is not None:
             losses_P = losses_P + centering * (chosen_P + rejected_P) ** 2
@@ -249,21 +272,6 @@ def with_trained_head(config: PeftConfig | None) -> PeftConfig | None:
     return config
 
 
-def pair_dataset(groups: list[TokenGroup]) -> Dataset:
-    """One row a preference: `chosen_ids` and `rejected_ids`, each prompt and continuation together, and `group`."""
-    return Dataset.from_list(
-        [
-            {
-                "chosen_ids": list(group.sequence(p.chosen)),
-                "rejected_ids": list(group.sequence(p.rejected)),
-                "group": number,
-            }
-            for number, group in enumerate(groups)
-            for p in group.preferences
-        ]
-    )
-
-
 def train_reward_model(
     settings: Settings[RewardKnobs],
     tokenizer: PreTrainedTokenizerBase,
@@ -289,6 +297,7 @@ def train_reward_model(
         output_dir=settings.own.output_dir,
         max_length=None,
         engine=settings.own.engine,
+        label_smoothing=settings.own.label_smoothing,
         packed_tokens=settings.own.packed_tokens,
     )
     setup = build_model_setup(settings, args, task_type="SEQ_CLS")
@@ -296,8 +305,8 @@ def train_reward_model(
     trainer = RewardTrainer(
         model=setup.base.name,
         args=args,
-        train_dataset=pair_dataset(train),
-        eval_dataset=pair_dataset(validation) if args.eval_strategy != "no" else None,
+        train_dataset=pair_dataset(train, settings.own),
+        eval_dataset=pair_dataset(validation, settings.own) if args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         quantization_config=setup.quantization,
         peft_config=setup.peft,

@@ -47,6 +47,14 @@ CASES = [
     row_case("a_text_as_prompt", make_row(context="Hello"), "'context': expected a list of turns"),
     row_case("an_object_as_prompt", make_row(context={"role": "user"}), "'context': expected a list of turns"),
     row_case("a_prompt_without_turns", make_row(context=[]), "'context': expected a list of turns with at least one"),
+    row_case(
+        "a_text_as_annotators", make_row(individual_preference="3"), "'individual_preference': expected a list, got str"
+    ),
+    row_case(
+        "an_annotators_score_out_of_range",
+        make_row(individual_preference=[{"score": 1}, {"score": -9}]),
+        "'individual_preference[1].score': expected a whole number from -3 to 3, got -9",
+    ),
     row_case("a_text_as_turn", make_row(context=["Hello"]), "'context[0]': expected an object, got str"),
     row_case("a_turn_without_role", make_row(context=[{"content": "a"}]), "'context[0].role': missing"),
     row_case("a_turn_without_content", make_row(context=[{"role": "user"}]), "'context[0].content': missing"),

@@ -380,7 +380,10 @@ def test_what_is_cut_or_cannot_be_scored_is_counted(world):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "--benchmark is ''; expected one of judgebench"),
+        ([], "Give either --reward_model_dir or --scores"),
+        (["--benchmark=hellaswag"], "--benchmark is 'hellaswag'; expected one of judgebench"),
+        (["--scores=s"], "--benchmark is missing; --scores needs one of judgebench"),
+        (["--benchmark=judgebench", "--dataset_name=x"], "--dataset_name cannot be used with --benchmark"),
         (["--benchmark=judgebench"], "--benchmark_path is missing"),
         (["--benchmark=judgebench", "--benchmark_path=x"], "Give either --reward_model_dir or --scores"),
         (

@@ -1,10 +1,10 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from helpsteer_rloo.evaluation.preference import Judgement, judge, spread_sample, summarize
+from helpsteer_rloo.evaluation.preference import Judgement, ScoredResponse, judge, spread_sample, summarize
 from helpsteer_rloo.evaluation.reload import check_reload
 from helpsteer_rloo.groups import Message, Preference, TokenGroup
 from helpsteer_rloo.model.forward import score_sequences
@@ -16,7 +16,9 @@ def preference(chosen, rejected, row=0, domain="general", strength=1):
 
 
 def judgement(group, margin, domain="general", strength=1):
-    return Judgement(group, preference(0, 1, domain=domain, strength=strength), "p", margin, 0.0)
+    return Judgement(
+        group, preference(0, 1, domain=domain, strength=strength), ScoredResponse(margin), ScoredResponse(0.0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_each_pair_gets_the_scores_of_its_own_sequences(reward_model):
         TokenGroup(prompt, (12,), ((13, 14), (15,)), (preference(1, 0, 5),)),
     ]
     expected = score_sequences(reward_model, [(5, 6, 7), (5, 6, 8, 9), (5, 6, 10, 11), (12, 13, 14), (12, 15)], 1)
-    got = [(j.group, j.preference.row, j.chosen_score, j.rejected_score) for j in judge(reward_model, groups, 2)]
+    got = [(j.group, j.preference.row, j.chosen.score, j.rejected.score) for j in judge(reward_model, groups, 2)]
     pairs = [(0, 3, 0, 1), (0, 4, 2, 0), (1, 5, 4, 3)]
     assert [row[:2] for row in got] == [pair[:2] for pair in pairs]
     for row, pair in zip(got, pairs, strict=True):
@@ -53,13 +55,9 @@ def test_a_tie_is_not_right_and_counts_are_by_domain_and_strength():
 
 def test_better_than_chance_needs_the_whole_interval_above_a_half():
     right, wrong = judgement(0, 1.0), judgement(0, -1.0)
-    independent = [
-        Judgement(i, j.preference, "p", j.chosen_score, 0.0) for i, j in enumerate([right] * 70 + [wrong] * 30)
-    ]
+    independent = [replace(j, group=i) for i, j in enumerate([right] * 70 + [wrong] * 30)]
     assert summarize(independent)["better_than_chance"]
-    few_prompts = [
-        Judgement(i // 50, j.preference, "p", j.chosen_score, 0.0) for i, j in enumerate([right] * 70 + [wrong] * 30)
-    ]
+    few_prompts = [replace(j, group=i // 50) for i, j in enumerate([right] * 70 + [wrong] * 30)]
     assert not summarize(few_prompts)["better_than_chance"]
 
 

@@ -12,7 +12,10 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
 from transformers.models.qwen3 import modeling_qwen3
 
+from helpsteer_rloo.groups import Preference, TokenGroup
+from helpsteer_rloo.knobs import RewardKnobs
 from helpsteer_rloo.training.packed import deal
+from helpsteer_rloo.training.pair_data import pair_dataset
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, StepShape, collate_pairs, fill_batches, pack_pairs
 from helpsteer_rloo.training.reward import RewardConfig, RewardTrainer
 from tests.model.test_attention import norm_in_float64
@@ -266,3 +269,78 @@ def test_what_depends_on_padding_or_attention_weights_is_left_to_trl(
         trainer = make_trainer(RewardTrainer, tiny_base, tokenizer, tmp_path, pair_rows(3), max_steps=1, **changes)
     assert [name in str(w.message) for w in caught if "TRL's own path" in str(w.message)] == [True]
     trainer.train()
+
+
+# ---- losses that TRL does not have -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("margins", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_step_with_weights_and_smoothing_is_that_of_a_plain_forward(
+    tiny_base, tokenizer, tmp_path, monkeypatch, smoothing, margins, weights
+):
+    """In float64: mean over pairs of w (-(1 - e) log sigma(d) - e log sigma(-d)), d with its margin taken off."""
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", norm_in_float64)
+    rows = pair_rows(6, prompts=8, margins=margins)[:4]
+    if weights:
+        rows = [{**row, "weight": 0.5 + place} for place, row in enumerate(rows)]
+    changes = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 0.5}
+    trainer = make_trainer(RewardTrainer, tiny_base, tokenizer, tmp_path, rows, label_smoothing=smoothing, **changes)
+    plain = copy.deepcopy(trainer.model)
+    trainer.train()
+
+    def score(ids):
+        return plain(input_ids=torch.tensor([ids])).logits[0, 0]
+
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        d = score(row["chosen_ids"]) - score(row["rejected_ids"]) - row.get("margin", 0.0)
+        loss = -(1 - smoothing) * d.sigmoid().log() - smoothing * (-d).sigmoid().log()
+        total = total + row.get("weight", 1.0) * loss / len(rows)
+    total.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total.item(), rel=1e-6)
+    trained = dict(trainer.model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        step = torch.zeros_like(parameter) if parameter.grad is None else 0.5 * parameter.grad
+        torch.testing.assert_close(trained[name], parameter.detach() - step, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("change", ["weight", "label_smoothing"])
+def test_what_trls_path_would_leave_out_is_refused(tiny_base, tokenizer, tmp_path, monkeypatch, change):
+    monkeypatch.setattr("helpsteer_rloo.training.reward.set_up_packing", lambda trainer: "this test")
+    rows = [{**row, "weight": 1.0} for row in pair_rows(1)] if change == "weight" else pair_rows(1)
+    own = {"label_smoothing": 0.1} if change == "label_smoothing" else {}
+    with pytest.raises(ValueError, match=f"{change}.* needs packed rows, which cannot be used with this test"):
+        make_trainer(RewardTrainer, tiny_base, tokenizer, tmp_path, rows, **own)
+
+
+def test_weights_for_some_pairs_only_are_refused():
+    pairs = [Pair((1, 2), (1, 3), weight=1.0), Pair((1, 4), (1, 5))]
+    with pytest.raises(ValueError, match="have a `weight` and others none"):
+        pack_pairs(pairs, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [{}, {}]),
+        ({"loss": "margin"}, [{"margin": 3.0}, {"margin": 1.0}]),
+        ({"loss": "scaled"}, [{"weight": 3.0}, {"weight": 1.0}]),
+        ({"weight_by_agreement": True}, [{"weight": 0.75}, {"weight": 1.0}]),
+        ({"loss": "scaled", "weight_by_agreement": True}, [{"weight": 2.25}, {"weight": 1.0}]),
+        (
+            {"loss": "margin", "weight_by_agreement": True},
+            [{"margin": 3.0, "weight": 0.75}, {"margin": 1.0, "weight": 1.0}],
+        ),
+    ],
+)
+def test_targets_follow_from_strength_and_agreement(settings, expected):
+    pairs = (
+        Preference(1, 0, 3, 0, "general", "english", annotators=(3, 0)),
+        Preference(0, 2, 1, 1, "general", "english"),
+    )
+    group = TokenGroup((), (1, 2), ((3,), (4,), (5,)), pairs)
+    rows = pair_dataset([group], RewardKnobs(**settings)).to_list()
+    ids = [{"chosen_ids": [1, 2, 4], "rejected_ids": [1, 2, 3]}, {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 2, 5]}]
+    assert rows == [{**own, "group": 0, **more} for own, more in zip(ids, expected, strict=True)]

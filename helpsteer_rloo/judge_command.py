@@ -1,0 +1,153 @@
+"""`helpsteer-rloo evaluate` without a benchmark: a reward model on held-out pairs, and several side by side."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpsteer_rloo.console import comparison_table, findings_table, judgement_table, say, show
+from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.provenance import provenance
+from helpsteer_rloo.reward_record import check_reward_model, read_heldout_prompts
+from helpsteer_rloo.run_dir import write_json
+
+if TYPE_CHECKING:
+    from helpsteer_rloo.evaluation.preference import Judgement
+    from helpsteer_rloo.groups import TokenGroup
+    from helpsteer_rloo.model.loading import Model
+    from helpsteer_rloo.rendering import Renderer
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeKnobs:
+    """Which reward model is judged, on which pairs, and where the result goes."""
+
+    reward_model_dir: str | None = field(default=None, metadata={"help": "Directory of the reward model to judge."})
+    compare_with: str | None = field(
+        default=None, metadata={"help": "Other reward models, separated by commas, judged on the same held-out pairs."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Judge it on pairs of this data set (default: the one it was trained on)."}
+    )
+    language: str | None = field(default=None, metadata={"help": "Languages to keep (default: those of training)."})
+    domains: str | None = field(default=None, metadata={"help": "Domains to keep (default: those of training)."})
+    skip_bad_rows: bool | None = field(default=None, metadata={"help": "Count and skip rows that cannot be read."})
+    output: str | None = field(default=None, metadata={"help": "Write the result to this .json file."})
+    batch_size: int = field(default=8, metadata={"help": "Responses scored in one forward pass."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt and response, in tokens (default: the reward model's)."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the reward model."})
+
+
+def run_judgement(own: JudgeKnobs) -> None:
+    """Judge a reward model on the pairs held out from it, print and write what was found; compare it with others.
+
+    Raises:
+        ValueError: a reward model or the data cannot be read, or no held-out pair is left.
+    """
+    others = [name.strip() for name in (own.compare_with or "").split(",") if name.strip()]
+    names = [str(own.reward_model_dir), *others]
+    if len(set(names)) < len(names):
+        raise ValueError("--compare_with names a reward model twice; give each once.")
+    heldout = set.intersection(*(read_heldout_prompts(name) for name in names if _checked(own, name)))
+    judgements: dict[str, Sequence[Judgement]] = {}
+    results: dict[str, Any] = {}
+    for name in names:
+        judgements[name], results[name] = _judged(own, name, heldout)
+        show(judgement_table(name, results[name]))
+        show(findings_table(results[name]["findings"]))
+    report: dict[str, Any] = {"reward_model": names[0], **results[names[0]], "provenance": provenance()}
+    if others:
+        from helpsteer_rloo.evaluation.comparison import compare
+
+        report |= {"others": {name: results[name] for name in others}, "comparison": compare(judgements)}
+        show(comparison_table(report["comparison"]))
+    if own.output:
+        write_json(Path(own.output), report)
+        say(f"The result is in {own.output}")
+
+
+def _checked(own: JudgeKnobs, name: str) -> dict[str, Any]:
+    flag = "--reward_model_dir" if name == own.reward_model_dir else "--compare_with"
+    return check_reward_model(name, flag, trusted=own.trust_remote_code)
+
+
+def _judged(own: JudgeKnobs, directory: str, heldout: set[str]) -> "tuple[list[Judgement], dict[str, Any]]":
+    from helpsteer_rloo.evaluation.reward_model import judge_reward_model
+    from helpsteer_rloo.model.loading import load_reward_model
+    from helpsteer_rloo.model.memory import release
+
+    record = _checked(own, directory)
+    renderer = own_renderer(directory, record, "--reward_model_dir", trusted=own.trust_remote_code)
+    knobs = data_knobs(own, record)
+    groups, counts = heldout_pairs(knobs, renderer, heldout)
+    pairs = sum(len(group.preferences) for group in groups)
+    say(f"{directory}: {pairs} pairs on {len(groups)} prompts of {knobs.dataset_name}.")
+    model: Model = load_reward_model(directory)[0]
+    judgements, result = judge_reward_model(model, renderer, groups, own.batch_size, knobs.max_length)
+    del model
+    release()
+    return judgements, {"dataset_name": knobs.dataset_name, "counts": counts, **result}
+
+
+def own_renderer(directory: str, record: dict[str, Any], flag: str, *, trusted: bool) -> "Renderer":
+    """The rendering that a reward model was trained with, on the tokenizer that lies beside it.
+
+    Raises:
+        ValueError: that tokenizer renders text otherwise.
+    """
+    from helpsteer_rloo.model.loading import load_tokenizer
+    from helpsteer_rloo.rendering import Renderer
+
+    tokenizer = load_tokenizer(directory, trust_remote_code=trusted)
+    renderer = Renderer(tokenizer, thinking=record["thinking"])
+    if different := renderer.differences(record["rendering"]):
+        raise ValueError(
+            f"{flag} {directory}: its tokenizer renders text otherwise than in training: "
+            f"{', '.join(different)} differ. Copy the directory again."
+        )
+    return renderer
+
+
+def data_knobs(own: JudgeKnobs, record: dict[str, Any]) -> DataKnobs:
+    """How data are read: as in the reward model's training, but for what the command line says otherwise."""
+    trained: dict[str, Any] = record.get("settings", {})
+    values: dict[str, Any] = {f.name: trained[f.name] for f in fields(DataKnobs) if f.name in trained}
+    values |= {"thinking": record["thinking"], "max_length": own.max_length or record["rendering"]["max_length"]}
+    given = {name: getattr(own, name) for name in ("dataset_name", "language", "domains", "skip_bad_rows")}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if own.dataset_name is not None:
+        values["dataset_revision"] = None
+    return DataKnobs(**values)
+
+
+def heldout_pairs(
+    knobs: DataKnobs, renderer: "Renderer", heldout: set[str]
+) -> "tuple[list[TokenGroup], dict[str, int]]":
+    """The pairs of a data set on prompts held out from the reward models; all of them if none of its prompts is.
+
+    A prompt of another data set that was trained on cannot be told from one that was not, which `counts` leaves to see.
+
+    Returns:
+        The pairs as token groups, and counts of prompts and of what was left out.
+
+    Raises:
+        ValueError: no pair is left.
+    """
+    from helpsteer_rloo.data.helpsteer3 import load_corpus, prompt_key
+    from helpsteer_rloo.data.preparation import FitCounts, tokenize_groups
+
+    prompts = [group for groups in load_corpus(knobs).groups.values() for group in groups]
+    unseen = [group for group in prompts if prompt_key(group.prompt) in heldout]
+    if not unseen:
+        say("WARNING: no prompt of this data set was held out from the reward model; all of its pairs are judged.")
+    counts, fit = Counter({"prompts": len(prompts), "heldout_prompts": len(unseen)}), FitCounts()
+    groups = tokenize_groups(unseen or prompts, renderer, knobs, fit)
+    counts.update(fit.dropped)
+    if not groups:
+        raise ValueError(
+            f"{knobs.dataset_name}: no pair is left to judge ({dict(counts)}); give a larger --max_length."
+        )
+    return groups, dict(counts)
