@@ -215,6 +215,7 @@ class PipelineSettings:
     own: PipelineKnobs
     reward: Settings[RewardKnobs]
     rloo: Settings[RLOOKnobs]
+    guard: Settings[RewardKnobs] | None = None
 
     @property
     def run_dir(self) -> str:

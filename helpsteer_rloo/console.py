@@ -11,6 +11,11 @@ from helpsteer_rloo.processes import is_main_process
 
 _CONSOLE = Console()
 WIDTH_OF_PROMPT = 48
+_WIN_RATES = {
+    "win rate at equal length": "length_controlled_win_rate",
+    "win rate by the guard": "guard_win_rate",
+    "win rate by the guard at equal length": "guard_length_controlled_win_rate",
+}
 
 
 def say(message: str) -> None:
@@ -96,7 +101,10 @@ def results_table(summary: Mapping[str, Any]) -> Table:
             f"{policy['win_rate']:.3f}",
             _interval(policy["win_rate_interval"]),
         )
-        for name, key in (("reward", "reward"), ("gold quality", "gold")):
+        for name, key in _WIN_RATES.items():
+            if key in policy:
+                table.add_row(f"policy: {name}", f"{policy[key]['value']:.3f}", _interval(policy[key]["interval"]))
+        for name, key in (("reward", "reward"), ("guard's score", "guard"), ("gold quality", "gold")):
             if f"{key}_before" in policy:
                 value = f"{policy[f'{key}_before']:.3f} -> {policy[f'{key}_after']:.3f}"
                 table.add_row(f"policy: {name}", value, "change " + _interval(policy[f"{key}_change"]["interval"]))

@@ -9,6 +9,7 @@ DEFAULT_MODEL = "Qwen/Qwen3-8B"
 DEFAULT_REWARD_MODEL_DIR = "models/qwen3_8b_reward_model"
 DEFAULT_POLICY_DIR = "models/rloo_helpsteer3"
 LOSSES = ("bt", "margin", "scaled")
+ACTIONS = ("rollback", "stop", "warn")
 
 
 def _knob(default: Any, help_text: str) -> Any:
@@ -104,11 +105,15 @@ class RewardKnobs(EngineKnobs):
     )
     label_smoothing: float = _knob(0.0, "Probability that a label is wrong, below 0.5.")
     weight_by_agreement: bool = _knob(False, "Count every pair by the share of annotators who agree with its label.")
+    half: str = _knob(
+        "all", "Training prompts to use, by a hash of the prompt: 'first' or 'second' half, or 'all'; for a guard."
+    )
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
         super().__post_init__()
         _require(self.loss in LOSSES, "loss", self.loss, ", ".join(LOSSES))
+        _require(self.half in ("all", "first", "second"), "half", self.half, "all, first or second")
         _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "from 0 to below 0.5")
         if self.engine == "trl":
             _require(self.loss != "scaled", "loss", self.loss, "bt or margin with --engine trl")
@@ -155,6 +160,24 @@ class RLOOKnobs(EngineKnobs):
     cliprange: float = _knob(0.2, "Clip range of the sequence-level probability ratio.")
     response_length: int = _knob(512, "Longest completion, in tokens.")
     rollouts_dir: str | None = _knob(None, "Where the rollouts are recorded (default: OUTPUT_DIR/rollouts).")
+    guard_reward_model: str | None = _knob(
+        None, "Reward model of other data and seed, which the policy is watched with and not trained against."
+    )
+    watch_steps: int | None = _knob(
+        None, "Optimizer steps between two measurements of the policy (default: save_steps, if there is a guard)."
+    )
+    watch_prompts: int = _knob(128, "Prompts to measure it on, which are not trained on; at most a quarter of all.")
+    on_alarm: str = _knob(
+        "rollback",
+        "What follows when the reward rises and the guard's score falls, or KL is over max_kl: 'rollback' to the best "
+        "checkpoint by the guard, 'stop', or 'warn'.",
+    )
+    max_kl: float | None = _knob(None, "KL of a completion from the start, in nats, that is not to be exceeded.")
+
+    @property
+    def watched(self) -> bool:
+        """Whether the policy is measured while it is trained."""
+        return not (self.guard_reward_model is None and self.watch_steps is None and self.max_kl is None)
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
@@ -171,6 +194,12 @@ class RLOOKnobs(EngineKnobs):
         _require(self.cliprange > 0, "cliprange", self.cliprange, "more than 0")
         check_estimators(self, self.kl_coef)
         _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
+        for name in ("watch_steps", "watch_prompts"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.on_alarm in ACTIONS, "on_alarm", self.on_alarm, ", ".join(ACTIONS))
+        _require(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "more than 0 nats")
+        _require_directory("guard_reward_model", self.guard_reward_model)
 
     def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:
         """Optimizer steps in the run: ceil(E / B) · epochs · mini-batches, with B completions a batch of rollouts.
@@ -199,6 +228,12 @@ class PipelineKnobs(EngineKnobs):
     rloo_only: bool = _knob(False, "Use the reward model in REWARD_MODEL_DIR instead of training one.")
     reward_model_dir: str | None = _knob(None, f"Directory of the reward model (default: {DEFAULT_REWARD_MODEL_DIR}).")
     policy_dir: str | None = _knob(None, f"Directory of the policy (default: {DEFAULT_POLICY_DIR}).")
+    guard: bool = _knob(
+        False,
+        "Train a second reward model, the guard, with another seed on the other half of the prompts (the reward model "
+        "then has the first half), and watch the policy with it.",
+    )
+    guard_dir: str | None = _knob(None, "Directory of the guard (default: REWARD_MODEL_DIR_guard).")
     allow_weak_reward_model: bool = _knob(False, "Go on even if the reward model is not better than chance.")
     evaluation_prompts: int = _knob(256, "Held-out prompts on which the policy is judged before and after.")
     evaluation_batch_size: int = _knob(8, "Completions sampled or scored at once in the evaluation.")
@@ -208,9 +243,11 @@ class PipelineKnobs(EngineKnobs):
         super().__post_init__()
         if self.reward_model_only and self.rloo_only:
             raise ValueError("--reward_model_only and --rloo_only exclude each other; give one of them or neither.")
+        if self.rloo_only and self.guard:
+            raise ValueError("--rloo_only trains no guard; give the directory of one: --rloo.guard_reward_model.")
         _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
         _require(_stays_inside(self.name), "name", self.name, "a name without .. for a directory inside of runs")
-        for name in ("output_dir", "reward_model_dir", "policy_dir"):
+        for name in ("output_dir", "reward_model_dir", "policy_dir", "guard_dir"):
             _require_directory(name, getattr(self, name))
 
 

@@ -84,7 +84,31 @@ def pipeline_settings(
         with flags_named_of(name):
             command.resolve(section, source=f"{source}: {name}")
             stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
-    return PipelineSettings(own, stages["reward"], stages["rloo"])
+    settings = PipelineSettings(own, stages["reward"], stages["rloo"])
+    return _with_guard(settings) if own.guard else settings
+
+
+def _with_guard(settings: PipelineSettings) -> PipelineSettings:
+    """The reward model on the first half of the prompts, a guard on the second with another seed, and RLOO with it."""
+    own, reward, rloo = settings.own, settings.reward, settings.rloo
+    for flag, given in (
+        ("reward.half", reward.own.half != "all"),
+        ("rloo.guard_reward_model", rloo.own.guard_reward_model),
+    ):
+        if given:
+            raise ValueError(f"--{flag} cannot be set with --guard, which decides it.")
+    directory = own.guard_dir or (
+        f"{own.output_dir}/guard_model" if own.output_dir else f"{reward.own.output_dir}_guard"
+    )
+    return PipelineSettings(
+        own,
+        Settings(dataclasses.replace(reward.own, half="first"), reward.trl),
+        Settings(dataclasses.replace(rloo.own, guard_reward_model=directory), rloo.trl),
+        Settings(
+            dataclasses.replace(reward.own, half="second", output_dir=directory),
+            {**reward.trl, "seed": int(reward.trl["seed"]) + 1},
+        ),
+    )
 
 
 def _refuse_handed_down(stage: str, names: Sequence[str]) -> None:

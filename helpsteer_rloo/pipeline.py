@@ -99,6 +99,7 @@ def run_pipeline(
         with flags_named_of("rloo"):
             _check_reward_model(settings.rloo, "--reward_model_dir")
     made = [] if own.rloo_only else [settings.reward.own.output_dir]
+    made += [settings.guard.own.output_dir] if settings.guard else []
     made += [] if own.reward_model_only else [settings.rloo.own.output_dir]
     for directory in made:
         refuse_foreign(Path(directory))
@@ -118,6 +119,11 @@ def _run_all(
     first = [*before, data_stage(run, context)]
     if not own.rloo_only:
         first += [reward_stage(settings.reward, context), verification_stage(settings.reward, context)]
+    if settings.guard:
+        first += [
+            reward_stage(settings.guard, context, "guard"),
+            verification_stage(settings.guard, context, of="guard"),
+        ]
     run_stages(run, first, say)
     stages = [
         *first,

@@ -105,11 +105,12 @@ def data_stage(run: RunDir, context: DataContext) -> Stage:
     return Stage("data", inputs, work, artefacts=(run.data_report,))
 
 
-def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage:
-    """Train the reward model, save it, and prove in a fresh process that the saved one is the trained one."""
+def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: str = "reward_model") -> Stage:
+    """Train a reward model, save it, and prove in a fresh process that the saved one is the trained one."""
     directory = Path(settings.own.output_dir)
 
     def work() -> dict[str, Any]:
+        from helpsteer_rloo.data.preparation import half_of
         from helpsteer_rloo.evaluation.reload import check_reload
         from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
@@ -121,9 +122,8 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
         prepared = context.prepared
         probes = [list(g.sequence(i)) for g in prepared.groups["validation"] for i in range(2)][:PROBES]
         with passed_on_explained(settings.trl), lost_processes_explained(settings.own.output_dir):
-            training = train_reward_model(
-                settings, context.tokenizer, prepared.groups["train"], prepared.groups["validation"], probes
-            )
+            train = half_of(prepared.groups["train"], settings.own.half)
+            training = train_reward_model(settings, context.tokenizer, train, prepared.groups["validation"], probes)
         release()
         scores = training.pop("probe_scores")
         if not all(math.isfinite(score) for score in scores):
@@ -135,19 +135,21 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage
             return {}
         difference = check_reload(directory, probes, scores, training["base"])
         say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
+        training["pairs"] = sum(len(group.preferences) for group in train)
         record = _reward_record(settings, context, training, {"sequences": len(probes), "max_difference": difference})
         write_text(directory / HELDOUT_PROMPTS, "".join(key + "\n" for key in prepared.heldout_prompts))
         write_json(directory / REWARD_MODEL_RECORD, record)
         return {"directory": str(directory), **training, "reload_difference": difference}
 
     return Stage(
-        "reward_model",
+        name,
         effective_settings(settings),
         work,
         artefacts=(directory / REWARD_MODEL_RECORD, directory / HELDOUT_PROMPTS),
         directory=directory,
         content=WEIGHTS,
         distributed=True,
+        needs=("data",),
     )
 
 
@@ -164,7 +166,7 @@ def _reward_record(
         "data": {
             "source": report["source"],
             "fingerprint": report["fingerprint"],
-            "pairs": report["splits"]["train"]["pairs"],
+            "pairs": training["pairs"],
         },
         "settings": settings.describe(),
         "training": {name: training[name] for name in ("steps", "bad_steps", "last_metrics")},
@@ -173,7 +175,7 @@ def _reward_record(
     }
 
 
-def verification_stage(settings: Settings[RewardKnobs], context: DataContext) -> Stage:
+def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of: str = "reward_model") -> Stage:
     """Score the held-out pairs; print sample predictions; add accuracy and interval to the reward model's record."""
     directory = Path(settings.own.output_dir)
     batch_size = int(settings.trl.get("per_device_eval_batch_size", 8))
@@ -201,7 +203,10 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext) ->
         return heldout
 
     return Stage(
-        "verification", {"sample_predictions": settings.own.sample_predictions}, work, needs=("data", "reward_model")
+        "verification" if of == "reward_model" else f"{of}_verification",
+        {"sample_predictions": settings.own.sample_predictions},
+        work,
+        needs=("data", of),
     )
 
 
@@ -223,6 +228,8 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
 
         trusted = bool(settings.trl.get("trust_remote_code"))
         check_reward_model(settings.own.reward_model_path, "--reward_model_path", trusted=trusted)
+        if settings.own.guard_reward_model:
+            check_reward_model(settings.own.guard_reward_model, "--guard_reward_model", trusted=trusted)
         if judged_on:
             heldout_prompts(settings, context, judged_on)
         revision = settings.trl.get("model_revision")
@@ -244,6 +251,7 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         **effective_settings(settings),
         "reward_functions": reward_functions_digest(settings.own.reward_functions),
         "reward_model": reward_model_identity(Path(settings.own.reward_model_path)),
+        "guard": settings.own.guard_reward_model and reward_model_identity(Path(settings.own.guard_reward_model)),
     }
     return Stage(
         "rloo",
@@ -312,7 +320,7 @@ def evaluation_stage(
     inputs = {"evaluation_prompts": own.evaluation_prompts, "evaluation_batch_size": own.evaluation_batch_size}
 
     def work() -> dict[str, Any]:
-        from helpsteer_rloo.evaluation.policy import EvaluationKnobs, PolicyPair, evaluate_policy
+        from helpsteer_rloo.evaluation.policy import EvaluationKnobs, Judges, PolicyPair, evaluate_policy
         from helpsteer_rloo.model.loading import Base
 
         path = Path(settings.own.output_dir) / POLICY_RECORD
@@ -328,7 +336,8 @@ def evaluation_stage(
             seed=own.seed,
         )
         pair = PolicyPair(Base(**record["base"]), Path(settings.own.output_dir), record["adapter"])
-        result, samples = evaluate_policy(pair, settings.own.reward_model_path, context.tokenizer, groups, knobs, gold)
+        judges = Judges(settings.own.reward_model_path, settings.own.guard_reward_model, gold)
+        result, samples = evaluate_policy(pair, judges, context.tokenizer, groups, knobs)
         write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
         return {**result, "heldout_prompts": counts}
 

@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "groups",
             "config",
             "knobs",
+            "alarms",
             "checks",
             "checkpoints",
             "flags",

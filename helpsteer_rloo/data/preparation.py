@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from helpsteer_rloo.data.helpsteer3 import Corpus, Counts, load_corpus, prompt_key
+from helpsteer_rloo.data.helpsteer3 import Corpus, Counts, hash_share, load_corpus, prompt_key
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.groups import Message, Preference, PromptGroup, Split, TokenGroup
 from helpsteer_rloo.knobs import DataKnobs
@@ -150,6 +150,21 @@ class _Builder:
 
     def build(self, prompt: tuple[Message, ...]) -> TokenGroup:
         return TokenGroup(prompt, self.prompt_ids, tuple(self.index), tuple(self.preferences))
+
+
+def half_of(groups: Sequence[TokenGroup], which: str) -> list[TokenGroup]:
+    """The "first" or "second" half of some groups, by a hash of their prompts, or "all" of them.
+
+    Raises:
+        ValueError: none is left.
+    """
+    if which == "all":
+        return list(groups)
+    # of the digest another part than the one that holds prompts out
+    half = [g for g in groups if (hash_share(prompt_key(g.prompt)[13:]) < 0.5) == (which == "first")]
+    if not half:
+        raise ValueError(f"No training prompt is in the {which} half; use more rows, or --half all.")
+    return half
 
 
 def rollout_prompts(

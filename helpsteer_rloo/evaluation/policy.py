@@ -8,12 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from helpsteer_rloo.evaluation.text_features import distinct, is_refusal, repetition
+from helpsteer_rloo.evaluation.win_rate import length_controlled_win_rate, win_rate
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.forward import group_log_probs, score_sequences
+from helpsteer_rloo.model.forward import group_log_probs
 from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load_reward_model
 from helpsteer_rloo.model.memory import release
+from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample
-from helpsteer_rloo.statistics import mean, proportion
+from helpsteer_rloo.statistics import mean
 
 Gold = Callable[[str, str, bool], float]
 """The true quality of an answer, where a world knows it: last user turn, answer, whether it ended -> [0, 1]."""
@@ -33,6 +36,15 @@ class PolicyPair:
 
 
 @dataclass(frozen=True)
+class Judges:
+    """Who judges: the reward model that was trained against, one that was not (the guard), and who knows the truth."""
+
+    reward_model: str | Path
+    guard: str | Path | None = None
+    gold: Gold | None = None
+
+
+@dataclass(frozen=True)
 class EvaluationKnobs:
     """How it is compared: sampling distribution, limits and seed."""
 
@@ -46,27 +58,32 @@ class EvaluationKnobs:
 
 @dataclass(frozen=True)
 class Answers:
-    """Completions to the prompts in order, their text without the end of turn, and their rewards."""
+    """Completions to the prompts in order, their text without the end of turn, their rewards and a guard's scores."""
 
     completions: list[Completion]
     texts: list[str]
     rewards: list[float]
+    guards: list[float] | None = None
+
+    @property
+    def merits(self) -> list[float]:
+        """What an answer is ordered by: the guard's score, without a guard the reward."""
+        return self.rewards if self.guards is None else self.guards
 
 
 def evaluate_policy(
     pair: PolicyPair,
-    reward_model_dir: str | Path,
+    judges: Judges,
     tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[TokenGroup],
     knobs: EvaluationKnobs,
-    gold: Gold | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compare the two policies on `groups`, one model in memory at a time.
 
     KL is the mean over prompts of log pi(y) - log pi_start(y) for the trained policy's own answers y (k1, in nats).
 
     Returns:
-        The summary, and one record a prompt with both answers.
+        The summary, and one record a prompt with both answers, the worst regressions first.
     """
     prompts = [group.prompt_ids for group in groups]
     with _loaded(pair, trained=True) as model:
@@ -76,11 +93,12 @@ def evaluate_policy(
     with _loaded(pair, trained=False) as model:
         before_ids = _sampled(model, tokenizer, prompts, knobs)
         start_log_probs = _completion_log_probs(model, drawn)
-    reward_model, _ = load_reward_model(reward_model_dir)
-    before, after = (
-        _answers(ids, prompts, reward_model, tokenizer, knobs.batch_size) for ids in (before_ids, after_ids)
-    )
+    before, after = (_answers(ids, tokenizer) for ids in (before_ids, after_ids))
+    before, after = _scored((before, after), prompts, judges.reward_model, knobs.batch_size, "rewards")
+    if judges.guard is not None:
+        before, after = _scored((before, after), prompts, judges.guard, knobs.batch_size, "guards")
     divergences = [a - b for a, b in zip(log_probs, start_log_probs, strict=True)]
+    gold = judges.gold
     return _summary(groups, before, after, divergences, gold), _samples(groups, before, after, gold)
 
 
@@ -109,48 +127,75 @@ def _completion_log_probs(model: Model, drawn: Sequence[TokenGroup]) -> list[flo
     return [own.sum().item() for (own,) in group_log_probs(model, drawn, PASS_TOKENS)]
 
 
-def _answers(
-    completions: list[Completion],
-    prompts: Sequence[Sequence[int]],
-    reward_model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-) -> Answers:
-    sequences = [[*prompt, *completion.ids] for prompt, completion in zip(prompts, completions, strict=True)]
-    rewards = score_sequences(reward_model, sequences, batch_size)
+def _answers(completions: list[Completion], tokenizer: PreTrainedTokenizerBase) -> Answers:
     bodies = [c.ids[:-1] if c.ended else c.ids for c in completions]
-    return Answers(completions, tokenizer.batch_decode([list(ids) for ids in bodies]), rewards)
+    return Answers(completions, tokenizer.batch_decode([list(ids) for ids in bodies]), [])
+
+
+def _scored(
+    answers: Sequence[Answers], prompts: Sequence[Sequence[int]], directory: str | Path, batch_size: int, column: str
+) -> list[Answers]:
+    """The answers with the scores of a reward model in one of their columns."""
+    role = RewardRole(load_reward_model(directory)[0])
+    scored: list[Answers] = []
+    for side in answers:
+        pairs = zip(prompts, side.completions, strict=True)
+        groups = [TokenGroup((), tuple(prompt), (completion.ids,)) for prompt, completion in pairs]
+        scored.append(replace(side, **{column: [score for (score,) in role.score(groups, batch_size)]}))
+    del role
+    release()
+    return scored
 
 
 def _summary(
     groups: Sequence[TokenGroup], before: Answers, after: Answers, divergences: list[float], gold: Gold | None
 ) -> dict[str, Any]:
-    changes = [b - a for a, b in zip(before.rewards, after.rewards, strict=True)]
-    wins = proportion([1.0 if change > 0 else 0.5 if change == 0 else 0.0 for change in changes])
-    change, divergence = mean(changes), mean(divergences)
+    longer = [len(b.ids) - len(a.ids) for a, b in zip(before.completions, after.completions, strict=True)]
+    rewards = _changes(before.rewards, after.rewards)
+    wins, divergence = win_rate(rewards), mean(divergences)
     result = {
         "prompts": len(groups),
-        "reward_before": _average(before.rewards),
-        "reward_after": _average(after.rewards),
-        "reward_change": change.to_json(),
+        **_compared("reward", before.rewards, after.rewards),
         "win_rate": wins.value,
         "win_rate_interval": wins.interval(),
+        "length_controlled_win_rate": length_controlled_win_rate(rewards, longer).to_json(),
         "kl": divergence.value,
         "kl_interval": divergence.interval(),
-        "length_before": _average([len(c.ids) for c in before.completions]),
-        "length_after": _average([len(c.ids) for c in after.completions]),
-        "eos_before": _average([c.ended for c in before.completions]),
-        "eos_after": _average([c.ended for c in after.completions]),
+        **_of_texts(before, "before"),
+        **_of_texts(after, "after"),
     }
+    if before.guards is not None and after.guards is not None:
+        guards = _changes(before.guards, after.guards)
+        result |= _compared("guard", before.guards, after.guards)
+        result["guard_win_rate"] = win_rate(guards).to_json()
+        result["guard_length_controlled_win_rate"] = length_controlled_win_rate(guards, longer).to_json()
     if gold is not None:
-        qualities = [_gold_values(groups, answers, gold) for answers in (before, after)]
-        difference = mean([b - a for a, b in zip(*qualities, strict=True)])
-        result |= {
-            "gold_before": _average(qualities[0]),
-            "gold_after": _average(qualities[1]),
-            "gold_change": difference.to_json(),
-        }
+        result |= _compared("gold", *(_gold_values(groups, answers, gold) for answers in (before, after)))
     return result
+
+
+def _compared(name: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    change = mean(_changes(before, after))
+    return {
+        f"{name}_before": _average(before),
+        f"{name}_after": _average(after),
+        f"{name}_change": change.to_json(),
+    }
+
+
+def _changes(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+def _of_texts(answers: Answers, side: str) -> dict[str, float]:
+    """What the answers of one side look like: length, endings, repetition, variety, refusals."""
+    return {
+        f"length_{side}": _average([len(c.ids) for c in answers.completions]),
+        f"eos_{side}": _average([c.ended for c in answers.completions]),
+        f"repetition_{side}": _average([repetition(text) for text in answers.texts]),
+        f"distinct_2_{side}": distinct(answers.texts),
+        f"refusals_{side}": _average([is_refusal(text) for text in answers.texts]),
+    }
 
 
 def _gold_values(groups: Sequence[TokenGroup], answers: Answers, gold: Gold) -> list[float]:
@@ -171,7 +216,10 @@ def _samples(groups: Sequence[TokenGroup], before: Answers, after: Answers, gold
         ):
             row[name] = {"text": text, "ended": completion.ended, "reward": reward}
             row[name] |= {} if quality is None else {"gold": quality}
-    return rows
+        for row, score in zip(rows, answers.guards or (), strict=False):
+            row[name]["guard"] = score
+    changes = _changes(before.merits, after.merits)
+    return [rows[place] for place in sorted(range(len(rows)), key=lambda place: changes[place])]
 
 
 def _average(values: Sequence[float]) -> float:

@@ -23,7 +23,8 @@ from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import base_model, score_groups
 from helpsteer_rloo.model.loading import Base, load_reward_model, read_reward_record
 
-REWARD_ADAPTER = "reward"
+REWARD_ADAPTER, GUARD_ADAPTER = "reward", "guard"
+_SCORING_ADAPTERS = (REWARD_ADAPTER, GUARD_ADAPTER)
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HEAD_WEIGHT = "base_model.model.score.weight"
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -103,8 +104,8 @@ def _leaves_base_alone(config: PeftConfig) -> bool:
     return not isinstance(config, LoraConfig) or config.init_lora_weights in (True, False, "gaussian")
 
 
-def load_shared_reward(policy: PeftModel, directory: str | Path) -> RewardRole:
-    """Put a trained reward model's adapter on the policy's base, frozen, next to the policy's own.
+def load_shared_reward(policy: PeftModel, directory: str | Path, name: str = REWARD_ADAPTER) -> RewardRole:
+    """Put a trained reward model's adapter on the policy's base under a name, frozen, next to the policy's own.
 
     Raises:
         ValueError: its weights do not fit the base.
@@ -118,18 +119,18 @@ def load_shared_reward(policy: PeftModel, directory: str | Path) -> RewardRole:
     config.task_type, config.inference_mode = None, True
     cast(Any, config).modules_to_save = None
     with _flags_kept(policy):
-        policy.add_adapter(REWARD_ADAPTER, config)
+        policy.add_adapter(name, config)
     try:
-        _check_fit(policy, state, directory)
+        _check_fit(policy, state, directory, name)
     except ValueError:
-        policy.delete_adapter(REWARD_ADAPTER)
+        policy.delete_adapter(name)
         raise
-    set_peft_model_state_dict(policy, state, adapter_name=REWARD_ADAPTER)
+    set_peft_model_state_dict(policy, state, adapter_name=name)
     device = next(base_model(policy).parameters()).device
     head = nn.Linear(head_weight.shape[1], 1, bias=False, device=device, dtype=head_weight.dtype)
     with torch.no_grad():
         head.weight.copy_(head_weight)
-    return RewardRole(policy, head.requires_grad_(False), REWARD_ADAPTER)
+    return RewardRole(policy, head.requires_grad_(False), name)
 
 
 def load_own_reward(directory: str | Path) -> RewardRole:
@@ -139,11 +140,11 @@ def load_own_reward(directory: str | Path) -> RewardRole:
 
 @contextmanager
 def without_reward(model: nn.Module) -> Generator[None]:
-    """Let a model save every adapter but the reward model's, so that a checkpoint of the policy holds it alone."""
-    if not isinstance(model, PeftModel) or REWARD_ADAPTER not in model.peft_config:
+    """Let a model save every adapter but the reward models', so that a checkpoint of the policy holds it alone."""
+    if not isinstance(model, PeftModel) or not set(_SCORING_ADAPTERS) & model.peft_config.keys():
         yield
         return
-    saved = [name for name in model.peft_config if name != REWARD_ADAPTER]
+    saved = [name for name in model.peft_config if name not in _SCORING_ADAPTERS]
     instance = cast(Any, model)  # a trainer calls its `save_pretrained` without a choice of adapters
     instance.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=saved)
     try:
@@ -162,8 +163,8 @@ def _flags_kept(model: nn.Module) -> Generator[None]:
         parameter.requires_grad_(flag)
 
 
-def _check_fit(policy: PeftModel, state: Mapping[str, Tensor], directory: Path) -> None:
-    mark = f".{REWARD_ADAPTER}."
+def _check_fit(policy: PeftModel, state: Mapping[str, Tensor], directory: Path, name: str) -> None:
+    mark = f".{name}."
     expected = {
         name.replace(mark, "."): tuple(parameter.shape) for name, parameter in policy.named_parameters() if mark in name
     }

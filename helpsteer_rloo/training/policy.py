@@ -16,7 +16,8 @@ from helpsteer_rloo.data.preparation import rollout_prompts
 from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.knobs import RLOOKnobs
-from helpsteer_rloo.model.loading import read_reward_record
+from helpsteer_rloo.model.loading import Base, read_reward_record
+from helpsteer_rloo.model.roles import GUARD_ADAPTER
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
@@ -26,6 +27,7 @@ from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.running import save_final, train_to_the_end
 from helpsteer_rloo.training.scorer import RewardModelScorer
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
+from helpsteer_rloo.training.watch import PolicyWatch, WatchRules
 
 
 def train_policy(
@@ -54,6 +56,7 @@ def train_policy(
     room = prompt_room(record["rendering"]["max_length"], own.response_length)
     groups = training_prompts(own, renderer, room, prompts, counts)
     groups = _without(groups, rollout_prompts(heldout, renderer, room, Counter()), counts)
+    watched, groups = _set_apart(groups, own.watch_prompts if own.watched else 0, counts)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
     args.model_init_kwargs = setup.init_kwargs
     scorer = RewardModelScorer(
@@ -69,7 +72,8 @@ def train_policy(
         peft_config=setup.peft,
     )
     scorer.role = trainer.reward_role(own.reward_model_path, setup.base)
-    bad_steps = _train(trainer, own)
+    watch = _watch(trainer, settings, setup.base, watched) if watched else None
+    bad_steps = _train(trainer, own, watch)
     save_final(trainer)
     return {
         "steps": trainer.state.global_step,
@@ -80,18 +84,44 @@ def train_policy(
         "adapter": setup.peft is not None,
         "shared_base": scorer.role.adapter is not None,
         "last_metrics": _last_metrics(trainer.state.log_history),
+        **({"watch": watch.summary()} if watch else {}),
     }
 
 
-def _train(trainer: RLOOTrainer, own: RLOOKnobs) -> int:
-    """Train to the end; rollouts behind the checkpoint are discarded, since they are sampled again."""
+def _watch(
+    trainer: RLOOTrainer,
+    settings: Settings[RLOOKnobs],
+    base: Base,
+    prompts: list[TokenGroup],
+) -> PolicyWatch:
+    """What watches the policy on its own prompts, with the guard if there is one."""
+    own, guard = settings.own, None
+    if own.guard_reward_model is not None:
+        record = read_reward_record(own.guard_reward_model)
+        check_rendering(own, record, cast(PreTrainedTokenizerBase, trainer.processing_class), own.guard_reward_model)
+        role = trainer.reward_role(own.guard_reward_model, base, GUARD_ADAPTER)
+        limit = record["rendering"]["max_length"]
+        guard = RewardModelScorer(role, batch_size=own.local_rollout_forward_batch_size, max_length=limit)
+    steps = own.watch_steps or int(settings.trl["save_steps"])
+    rules = WatchRules(steps, own.on_alarm, own.max_kl)
+    watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / "watch")
+    trainer.add_callback(watch)
+    return watch
 
-    def discard(step: int) -> None:
+
+def _train(trainer: RLOOTrainer, own: RLOOKnobs, watch: PolicyWatch | None) -> int:
+    """Train to the end, or to where the watch ends it; what lies behind the checkpoint is discarded and made again."""
+
+    def begin(step: int) -> bool:
         if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
             discard_rollouts_from(trainer.rollouts_dir, step)
+        return watch is not None and watch.begin(step)
 
     try:
-        return train_to_the_end(trainer, own.max_bad_steps, discard)
+        bad_steps = train_to_the_end(trainer, own.max_bad_steps, begin)
+        if watch is not None:
+            watch.finish()
+        return bad_steps
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
@@ -111,22 +141,23 @@ def _last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: logged[-1][name] for name in names if name in logged[-1]} if logged else {}
 
 
-def check_rendering(own: RLOOKnobs, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Renderer:
+def check_rendering(
+    own: RLOOKnobs, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, directory: str | None = None
+) -> Renderer:
     """The reward model's rendering on the policy's tokenizer; refused if it makes other ids of the same text.
 
     Raises:
         ValueError: template, tokenizer, thinking mode or end of turn differ, with the ones that do.
     """
+    directory = directory or own.reward_model_path
     if own.thinking != record["thinking"]:
         mode = "with" if record["thinking"] else "without"
-        raise ValueError(
-            f"The reward model in {own.reward_model_path} was trained {mode} --thinking; give the same setting here."
-        )
+        raise ValueError(f"The reward model in {directory} was trained {mode} --thinking; give the same setting here.")
     renderer = Renderer(tokenizer, thinking=record["thinking"])
     different = renderer.differences(record["rendering"])
     if different:
         raise ValueError(
-            f"The reward model in {own.reward_model_path} was trained with another rendering than the policy's: "
+            f"The reward model in {directory} was trained with another rendering than the policy's: "
             f"{', '.join(different)} differ. Scores of text it would read differently mean nothing. Start the policy "
             f"from the model family that the reward model was trained from ({record['base_model']}), or train a reward "
             "model for this policy."
@@ -142,6 +173,18 @@ def training_prompts(
     allowed = [group for group in prompts if prompt_key(group.prompt) not in heldout]
     counts["heldout_by_reward_model"] = len(prompts) - len(allowed)
     return rollout_prompts(allowed, renderer, room, counts)
+
+
+def _set_apart(groups: list[TokenGroup], most: int, counts: Counter[str]) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """At most so many prompts, at even distances and no more than a quarter of all, and the others."""
+    count = min(most, len(groups) // 4)
+    apart = {len(groups) * number // count for number in range(count)}
+    counts["watched"] = count
+    counts["prompts"] -= count
+    parts: tuple[list[TokenGroup], list[TokenGroup]] = ([], [])
+    for place, group in enumerate(groups):
+        parts[0 if place in apart else 1].append(group)
+    return parts
 
 
 def _without(groups: list[TokenGroup], heldout: list[TokenGroup], counts: Counter[str]) -> list[TokenGroup]:

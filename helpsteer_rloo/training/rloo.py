@@ -15,6 +15,7 @@ from helpsteer_rloo.model.forward import group_log_probs, packed_log_probs, prep
 from helpsteer_rloo.model.loading import Base
 from helpsteer_rloo.model.memory import AtOnce
 from helpsteer_rloo.model.roles import (
+    REWARD_ADAPTER,
     RewardRole,
     acting_as,
     can_share,
@@ -119,16 +120,17 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if names := [name for name, is_asked in asked.items() if is_asked]:
             raise ValueError(f"{' and '.join(names)} needs packed rows, which cannot be used with {obstacle}.")
 
-    def reward_role(self, directory: str | Path, base: Base) -> RewardRole:
+    def reward_role(self, directory: str | Path, base: Base, name: str = REWARD_ADAPTER) -> RewardRole:
         """A trained reward model: on the policy's own base where it is an adapter for it, else a model of its own.
 
         Args:
             directory: Of the reward model.
             base: Where the policy's base came from.
+            name: Of the adapter, if it becomes one of the policy's.
         """
         policy = self.accelerator.unwrap_model(self.model)
         if self._packed and can_share(policy, base, directory):
-            return load_shared_reward(policy, directory)
+            return load_shared_reward(policy, directory, name)
         return load_own_reward(directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -148,18 +150,24 @@ class RLOOTrainer(ScoredRLOOTrainer):
         if not supports_sampler(policy):
             self._fall_back("this model cannot be sampled by the embedded sampler")
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        args = cast(trl.RLOOConfig, self.args)
+        place = (self.state.global_step, int(self._sampling_for_training))
+        first = self.accelerator.process_index * len(prompt_ids)
+        seeds = [sequence_seed(self.args.seed, *place, first + index) for index in range(len(prompt_ids))]
+        self._drawn = self.drawn(prompt_ids, seeds)
+        return [list(completion.ids) for completion in self._drawn]
+
+    def drawn(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
+        """Completions by the embedded sampler, one a prompt with its seed; neighbours share their prompt."""
+        policy, args = self.accelerator.unwrap_model(self.model), cast(trl.RLOOConfig, self.args)
         sampling = Sampling(
             max_new_tokens=cast(int, self.max_completion_length),
             temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k or 0,
+            top_p=args.top_p,
+            top_k=args.top_k or 0,
             end_ids=tuple(cast(list[int], self.eos_token_ids)),
         )
-        place = (self.state.global_step, int(self._sampling_for_training))
-        first = self.accelerator.process_index * len(prompt_ids)
-        seeds = [sequence_seed(args.seed, *place, first + index) for index in range(len(prompt_ids))]
-        units = units_of(Rollout([], prompt_ids, [[0]] * len(prompt_ids), [], []), self._group_size)
+        count = len(prompt_ids)
+        units = units_of(Rollout([], list(map(list, prompt_ids)), [[0]] * count, [], []), self._group_size)
         prompts = [unit.group.prompt_ids for unit in units]
         seeds_of = [[seeds[place] for place in unit.places] for unit in units]
 
@@ -167,9 +175,8 @@ class RLOOTrainer(ScoredRLOOTrainer):
             return sample_groups(policy, prompts, seeds_of, sampling, rows=rows)
 
         with whole_weights(policy):
-            drawn = self._sampled_at_once.run(run, max(self._group_size, self.forward_batch_size or len(prompt_ids)), 1)
-        self._drawn = [completion for completions in drawn for completion in completions]
-        return [list(completion.ids) for completion in self._drawn]
+            found = self._sampled_at_once.run(run, max(self._group_size, self.forward_batch_size or count), 1)
+        return [completion for completions in found for completion in completions]
 
     @property
     def _asks_for_generate(self) -> bool:
@@ -235,7 +242,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
             awaited=count,
         )
         if self.beta != 0.0:
-            with self._reference() as model:
+            with self.as_reference() as model:
                 batch.reference_T = self._pass(model, units)
         if not (fresh and self._groups_are_whole(units)):
             batch.old_T = self._pass(self.model, units)
@@ -286,8 +293,28 @@ class RLOOTrainer(ScoredRLOOTrainer):
         values = dict(zip(places, (values for own in found for values in own), strict=True))
         return torch.cat([values[place] for place in sorted(values)])
 
+    def rewards_of(self, groups: Sequence[TokenGroup], drawn: Sequence[Completion]) -> list[float]:
+        """Scores less penalties of completions, one a prompt, as many on every process; NaN where there is no score."""
+        texts = self._tokenizer.batch_decode([list(c.ids) for c in drawn], skip_special_tokens=True)
+        prompts = [[{"role": m.role, "content": m.content} for m in group.prompt] for group in groups]
+        rollout = Rollout(
+            prompts,
+            prompt_ids=[list(group.prompt_ids) for group in groups],
+            completion_ids=[list(c.ids) for c in drawn],
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            ended=[c.ended for c in drawn],
+        )
+        scores = self._scores([{"prompt": prompt} for prompt in prompts], rollout)
+        return self._local(scores.score_B - self._rule.penalties(scores)).tolist()
+
+    def summed_log_probs(self, groups: Sequence[TokenGroup], model: Any = None) -> list[float]:
+        """Log-probability of the only completion of each group, in nats, under the policy or another model."""
+        units = [Unit(group, (place,)) for place, group in enumerate(groups)]
+        values_T = self._pass(self.model if model is None else model, units)
+        return sums_by_completion(values_T, [len(group.continuation_ids[0]) for group in groups]).tolist()
+
     @contextmanager
-    def _reference(self) -> Generator[Any]:
+    def as_reference(self) -> Generator[Any]:
         """The reference model: one of its own, or the policy without its adapter (or with the one it started from)."""
         if self.ref_model is not None:
             yield self.ref_model

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from helpsteer_rloo.checkpoints import full_disk_explained, step_of
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
@@ -12,13 +14,13 @@ from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
 
 
-def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int], object] = lambda step: None) -> int:
+def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int], bool] = lambda step: False) -> int:
     """Train from the newest whole checkpoint, with sealed checkpoints, skipping bad steps.
 
     Args:
         trainer: Any; its output directory is where checkpoints are.
         max_bad_steps: Steps in a row whose gradient may be not finite.
-        begin: Called with the step that training goes on from, once that is known.
+        begin: Called with the step that training goes on from, once that is known; whether it was the last one.
 
     Returns:
         The number of steps that were skipped.
@@ -34,7 +36,10 @@ def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int]
         refuse_other_engine(trainer, checkpoint)
     seal_checkpoints(trainer)
     bad_steps = skip_bad_steps(trainer, max_bad_steps)
-    begin(step_of(checkpoint) if checkpoint else 0)
+    if begin(step_of(checkpoint) if checkpoint else 0) and checkpoint:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        cast(Any, trainer)._load_from_checkpoint(str(checkpoint))
+        return bad_steps.total
     with stopping_on_request(trainer), full_disk_explained(Path(directory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return bad_steps.total

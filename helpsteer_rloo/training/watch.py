@@ -1,0 +1,180 @@
+"""Watching a policy while it is trained: measurements along the run, and its end where it begins to go wrong."""
+
+import gzip
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from helpsteer_rloo.alarms import Watched, alarms, best_of, verdict
+from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model.rollout import sequence_seed
+from helpsteer_rloo.run_dir import write_bytes
+from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none
+from helpsteer_rloo.training.rloo import RLOOTrainer
+from helpsteer_rloo.training.scorer import RewardModelScorer
+
+COLUMNS = ("reward", "guard", "kl", "surprise", "length", "ended")
+
+
+@dataclass(frozen=True)
+class WatchRules:
+    """How a run is watched: every `steps` optimizer steps, on some prompts; `action` follows a verdict."""
+
+    steps: int
+    action: str
+    max_kl: float | None = None
+
+
+class PolicyWatch(TrainerCallback):
+    """Measures the policy on prompts of its own at the start, every so many steps and at the end.
+
+    Every measurement is a file `step-<optimizer step>.jsonl.gz`, one line a prompt with the completion and its numbers.
+    The best step has a checkpoint that is not rotated away. Where `verdict` speaks, training stops (or a warning is
+    given, by the rules).
+
+    Args:
+        trainer: That trains the policy.
+        prompts: To sample for, the same every time and with the same seeds; none of them is trained on.
+        guard: Scores as it is not, if there is such a reward model.
+        rules: When, and what follows.
+        directory: Of the files.
+    """
+
+    def __init__(
+        self,
+        trainer: RLOOTrainer,
+        prompts: Sequence[TokenGroup],
+        guard: RewardModelScorer | None,
+        rules: WatchRules,
+        directory: Path,
+    ) -> None:
+        even = len(prompts) // trainer.accelerator.num_processes * trainer.accelerator.num_processes
+        self._trainer, self._prompts, self._guard = trainer, prompts[:even], guard
+        self._rules, self._directory = rules, directory
+        self.rolled_back_to: int | None = None
+        self.history: list[Watched] = []
+        self._told: set[str] = set()
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether the run is over by what has been measured."""
+        return self._rules.action != "warn" and verdict(self.history, self._rules.max_kl) is not None
+
+    def begin(self, step: int) -> bool:
+        """Take over what was measured up to the step that training goes on from; whether the run ends there."""
+        found: list[Any] = [None]
+        if self._trainer.accelerator.is_main_process:
+            discard_rollouts_from(self._directory, step + 1)
+            found = [read_watched(self._directory)]
+        self.history = cast(Any, broadcast_object_list(found))[0]
+        return self.ends_the_run
+
+    def finish(self) -> None:
+        """Give the policy the weights of its best step, if the run was ended and the rules say so."""
+        state = self._trainer.state
+        if not (self.ends_the_run and self._rules.action == "rollback" and state.best_model_checkpoint):
+            return
+        if state.best_global_step != state.global_step:
+            warnings.warn(f"Going back to step {state.best_global_step}, the best by the guard.", stacklevel=2)
+            cast(Any, self._trainer)._load_best_model()
+            self.rolled_back_to = state.best_global_step
+
+    def summary(self) -> dict[str, Any]:
+        """What was seen along the run: its curve, its best step, and what ended it."""
+        ended = verdict(self.history, self._rules.max_kl) if self.history else None
+        return {
+            "curve": [seen.to_json() for seen in self.history],
+            "best_step": best_of(self.history).step,
+            "verdict": None if ended is None else {"name": ended.name, "step": ended.step, "sentence": ended.sentence},
+            "action": self._rules.action if ended else None,
+            "rolled_back_to": self.rolled_back_to,
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the start, if that has not been done."""
+        if not self.history:
+            self._measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the policy, keep the best, and stop where it is time to."""
+        step = state.global_step
+        if step % self._rules.steps and step < state.max_steps:
+            return
+        self._measure(state)
+        if best_of(self.history[1:]).step == step:
+            state.best_global_step, state.best_metric = step, self.history[-1].merit
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{step}")
+            control.should_save = True
+        for alarm in alarms(self.history, self._rules.max_kl):
+            if alarm.name not in self._told:
+                self._told.add(alarm.name)
+                warnings.warn(f"Step {step}: {alarm.sentence}", stacklevel=2)
+        if self.ends_the_run and step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def _measure(self, state: Any) -> None:
+        trainer, accelerator = self._trainer, self._trainer.accelerator
+        numbers = range(accelerator.process_index, len(self._prompts), accelerator.num_processes)
+        own = [self._prompts[number] for number in numbers]
+        seeds = [sequence_seed(trainer.args.seed, -1, number) for number in numbers]
+        rows = dict(gather_object(list(zip(numbers, self._rows(own, seeds), strict=True))))
+        ordered = [rows[number] for number in sorted(rows)]
+        if accelerator.is_main_process:
+            write_watched(self._directory, state.global_step, ordered)
+        self.history.append(_watched(state.global_step, ordered))
+
+    def _rows(self, prompts: Sequence[TokenGroup], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        trainer = self._trainer
+        drawn = trainer.drawn([prompt.prompt_ids for prompt in prompts], seeds)
+        groups = [TokenGroup((), p.prompt_ids, (c.ids,)) for p, c in zip(prompts, drawn, strict=True)]
+        ids = {"prompt_ids": [list(g.prompt_ids) for g in groups], "completion_ids": [list(c.ids) for c in drawn]}
+        columns: dict[str, Sequence[Any]] = {
+            "reward": list(map(number_or_none, trainer.rewards_of(prompts, drawn))),
+            "guard": self._guard(**ids) if self._guard else [None] * len(drawn),
+            "length": [len(c.ids) for c in drawn],
+            "ended": [c.ended for c in drawn],
+        }
+        own = trainer.summed_log_probs(groups)
+        with trainer.as_reference() as reference:
+            start = trainer.summed_log_probs(groups, reference)
+        columns |= {"surprise": [-value for value in own], "kl": [a - b for a, b in zip(own, start, strict=True)]}
+        tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+        texts = tokenizer.batch_decode([list(c.ids[:-1] if c.ended else c.ids) for c in drawn])
+        prompt_of = [prompt.prompt[-1].content for prompt in prompts]
+        return [
+            {"prompt": prompt, "text": text, **{name: columns[name][place] for name in COLUMNS}}
+            for place, (prompt, text) in enumerate(zip(prompt_of, texts, strict=True))
+        ]
+
+
+def write_watched(directory: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write what was measured at a step, one line a prompt, atomically."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0)
+    write_bytes(directory / f"step-{step:06d}.jsonl.gz", content)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of one file."""
+    with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_watched(directory: Path) -> list[Watched]:
+    """What was measured along a run, in the order of the steps."""
+    paths = sorted(directory.glob("step-*.jsonl.gz"))
+    return [_watched(int(path.name[5:11]), read_rows(path)) for path in paths]
+
+
+def _watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:
+    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
+    if None in columns["guard"]:
+        columns["guard"] = None
+    return Watched(step, **columns)
