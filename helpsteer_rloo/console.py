@@ -104,6 +104,14 @@ def results_table(summary: Mapping[str, Any]) -> Table:
         for name, key in _WIN_RATES.items():
             if key in policy:
                 table.add_row(f"policy: {name}", f"{policy[key]['value']:.3f}", _interval(policy[key]["interval"]))
+        best = policy.get("best_of_n", {}).get("at_the_policys_kl", {})
+        for name in ("reward", "guard", "gold"):
+            if name in best:
+                part = best[name]["policy_minus_best_of_n"]
+                label = f"policy: {name} above best-of-{best['n']:.1f}" + (
+                    "" if best["reaches_the_kl"] else " (less KL)"
+                )
+                table.add_row(label, f"{part['value']:+.3f}", _interval(part["interval"]))
         for name, key in (("reward", "reward"), ("guard's score", "guard"), ("gold quality", "gold")):
             if f"{key}_before" in policy:
                 value = f"{policy[f'{key}_before']:.3f} -> {policy[f'{key}_after']:.3f}"

@@ -237,6 +237,9 @@ class PipelineKnobs(EngineKnobs):
     allow_weak_reward_model: bool = _knob(False, "Go on even if the reward model is not better than chance.")
     evaluation_prompts: int = _knob(256, "Held-out prompts on which the policy is judged before and after.")
     evaluation_batch_size: int = _knob(8, "Completions sampled or scored at once in the evaluation.")
+    best_of: int = _knob(
+        0, "Samples of the untrained policy a held-out prompt, whose best by reward the trained one is compared with."
+    )
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
@@ -246,6 +249,7 @@ class PipelineKnobs(EngineKnobs):
         if self.rloo_only and self.guard:
             raise ValueError("--rloo_only trains no guard; give the directory of one: --rloo.guard_reward_model.")
         _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
+        _require(self.best_of >= 0, "best_of", self.best_of, "0 or more")
         _require(_stays_inside(self.name), "name", self.name, "a name without .. for a directory inside of runs")
         for name in ("output_dir", "reward_model_dir", "policy_dir", "guard_dir"):
             _require_directory(name, getattr(self, name))

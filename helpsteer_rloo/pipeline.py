@@ -46,7 +46,7 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
 def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     """`rloo_helpsteer_training.py`: data and RLOO; the record is kept beside the policy."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
-    _check_reward_model(settings, "--reward_model_path")
+    _check_guard(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
     with _only_process(run, settings.own.output_dir):
         run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
@@ -73,10 +73,26 @@ def _only_process(run: RunDir, *directories: str) -> Generator[None]:
         yield
 
 
-def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> None:
+def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> int:
+    """Look at the reward model before any work; the longest sequence it was trained on."""
     trusted = bool(settings.trl.get("trust_remote_code"))
     record = check_reward_model(settings.own.reward_model_path, flag, trusted=trusted)
-    prompt_room(record["rendering"]["max_length"], settings.own.response_length)
+    longest = int(record["rendering"]["max_length"])
+    prompt_room(longest, settings.own.response_length)
+    return longest
+
+
+def _check_guard(settings: Settings[RLOOKnobs], longest: int) -> None:
+    """Look at the guard before any work; it has to read what the reward model does, which was trained on `longest`."""
+    guard = settings.own.guard_reward_model
+    if guard is not None:
+        trusted = bool(settings.trl.get("trust_remote_code"))
+        limit = check_reward_model(guard, "--guard_reward_model", trusted=trusted)["rendering"]["max_length"]
+        if limit < longest:
+            raise ValueError(
+                f"--guard_reward_model {guard} was trained on at most {limit} tokens, the reward model on {longest}: "
+                "give a guard that was trained with the same --max_length."
+            )
 
 
 def run_pipeline(
@@ -95,9 +111,12 @@ def run_pipeline(
         ValueError: the reward model is not better than chance and `allow_weak_reward_model` is off; or as the stages.
     """
     own, run = settings.own, RunDir(Path(settings.run_dir))
-    if own.rloo_only:
-        with flags_named_of("rloo"):
-            _check_reward_model(settings.rloo, "--reward_model_dir")
+    with flags_named_of("rloo"):
+        longest = settings.reward.own.max_length
+        if own.rloo_only:
+            longest = _check_reward_model(settings.rloo, "--reward_model_dir")
+        if settings.guard is None:
+            _check_guard(settings.rloo, longest)
     made = [] if own.rloo_only else [settings.reward.own.output_dir]
     made += [settings.guard.own.output_dir] if settings.guard else []
     made += [] if own.reward_model_only else [settings.rloo.own.output_dir]

@@ -317,7 +317,8 @@ def evaluation_stage(
     gold: Callable[[str, str, bool], float] | None,
 ) -> Stage:
     """Sample the untrained and the trained policy on held-out prompts with the same seeds, and compare."""
-    inputs = {"evaluation_prompts": own.evaluation_prompts, "evaluation_batch_size": own.evaluation_batch_size}
+    names = ("evaluation_prompts", "evaluation_batch_size", "best_of")
+    inputs = {name: getattr(own, name) for name in names}
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.evaluation.policy import EvaluationKnobs, Judges, PolicyPair, evaluate_policy
@@ -334,6 +335,7 @@ def evaluation_stage(
             top_k=int(settings.trl.get("top_k", 0)),
             batch_size=own.evaluation_batch_size,
             seed=own.seed,
+            best_of=own.best_of,
         )
         pair = PolicyPair(Base(**record["base"]), Path(settings.own.output_dir), record["adapter"])
         judges = Judges(settings.own.reward_model_path, settings.own.guard_reward_model, gold)

@@ -141,6 +141,11 @@ def test_the_seeds_rloo_command_gives_the_documented_settings():
         "cliprange": 0.2,
         "response_length": 512,
         "rollouts_dir": None,
+        "guard_reward_model": None,
+        "watch_steps": None,
+        "watch_prompts": 128,
+        "on_alarm": "rollback",
+        "max_kl": None,
     }
     assert settings.trl["per_device_train_batch_size"] == 2
     assert settings.trl["gradient_accumulation_steps"] == 8

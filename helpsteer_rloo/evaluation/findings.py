@@ -68,7 +68,7 @@ def _of_labels(judged: Mapping[str, Any]) -> Iterator[Finding]:
         certain,
         unsure,
         f"Where its margins are widest it is right in {_percent(certain)} of the pairs"
-        + (f": about {1 - certain['value']:.0%} of the labels look wrong whatever the responses." if unsure else "."),
+        + (": either many labels are wrong, or it is sure of the wrong thing." if unsure else "."),
     )
     if ceiling is None:
         return

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from helpsteer_rloo.evaluation.best_of_n import against_policy, curve
 from helpsteer_rloo.evaluation.text_features import distinct, is_refusal, repetition
 from helpsteer_rloo.evaluation.win_rate import length_controlled_win_rate, win_rate
 from helpsteer_rloo.groups import TokenGroup
@@ -46,7 +48,7 @@ class Judges:
 
 @dataclass(frozen=True)
 class EvaluationKnobs:
-    """How it is compared: sampling distribution, limits and seed."""
+    """How it is compared: sampling distribution, limits and seed; `best_of` samples of the start, 0 for none."""
 
     max_new_tokens: int
     temperature: float
@@ -54,11 +56,15 @@ class EvaluationKnobs:
     top_k: int
     batch_size: int
     seed: int
+    best_of: int = 0
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Completions to the prompts in order, their text without the end of turn, their rewards and a guard's scores."""
+    """Completions to the prompts in order, their text without the end of turn, their rewards and a guard's scores.
+
+    There may be several a prompt, as many for each, those of one next to each other.
+    """
 
     completions: list[Completion]
     texts: list[str]
@@ -93,13 +99,18 @@ def evaluate_policy(
     with _loaded(pair, trained=False) as model:
         before_ids = _sampled(model, tokenizer, prompts, knobs)
         start_log_probs = _completion_log_probs(model, drawn)
-    before, after = (_answers(ids, tokenizer) for ids in (before_ids, after_ids))
-    before, after = _scored((before, after), prompts, judges.reward_model, knobs.batch_size, "rewards")
+        many = [prompt for prompt in prompts for _ in range(knobs.best_of)]
+        many_ids = _sampled(model, tokenizer, many, replace(knobs, seed=knobs.seed + 1))
+    sides = [_answers(ids, tokenizer) for ids in (before_ids, after_ids, many_ids)]
+    sides = _scored(sides, prompts, judges.reward_model, knobs.batch_size, "rewards")
     if judges.guard is not None:
-        before, after = _scored((before, after), prompts, judges.guard, knobs.batch_size, "guards")
+        sides = _scored(sides, prompts, judges.guard, knobs.batch_size, "guards")
+    before, after, chosen_from = sides
     divergences = [a - b for a, b in zip(log_probs, start_log_probs, strict=True)]
-    gold = judges.gold
-    return _summary(groups, before, after, divergences, gold), _samples(groups, before, after, gold)
+    summary = _summary(groups, before, after, divergences, judges.gold)
+    if knobs.best_of:
+        summary["best_of_n"] = _best_of_n(groups, chosen_from, after, summary["kl"], judges.gold)
+    return summary, _samples(groups, before, after, judges.gold)
 
 
 @contextmanager
@@ -139,9 +150,13 @@ def _scored(
     role = RewardRole(load_reward_model(directory)[0])
     scored: list[Answers] = []
     for side in answers:
-        pairs = zip(prompts, side.completions, strict=True)
-        groups = [TokenGroup((), tuple(prompt), (completion.ids,)) for prompt, completion in pairs]
-        scored.append(replace(side, **{column: [score for (score,) in role.score(groups, batch_size)]}))
+        each = len(side.completions) // len(prompts)
+        groups = [
+            TokenGroup((), tuple(prompt), tuple(c.ids for c in side.completions[place * each : (place + 1) * each]))
+            for place, prompt in enumerate(prompts)
+        ]
+        scores = role.score(groups, batch_size) if each else []
+        scored.append(replace(side, **{column: [score for own in scores for score in own]}))
     del role
     release()
     return scored
@@ -172,6 +187,25 @@ def _summary(
     if gold is not None:
         result |= _compared("gold", *(_gold_values(groups, answers, gold) for answers in (before, after)))
     return result
+
+
+def _best_of_n(
+    groups: Sequence[TokenGroup], samples: Answers, policy: Answers, kl: float, gold: Gold | None
+) -> dict[str, Any]:
+    """Best-of-n by reward from samples of the start, along n, and the policy against it at the policy's KL."""
+    each = len(samples.completions) // len(groups)
+    columns, own = {"reward": samples.rewards}, {"reward": policy.rewards}
+    if samples.guards is not None and policy.guards is not None:
+        columns["guard"], own["guard"] = samples.guards, policy.guards
+    if gold is not None:
+        columns["gold"] = _gold_values([group for group in groups for _ in range(each)], samples, gold)
+        own["gold"] = _gold_values(groups, policy, gold)
+    values = {name: np.reshape(column, (len(groups), each)) for name, column in columns.items()}
+    return {
+        "samples": each,
+        "curve": curve(values["reward"], values),
+        "at_the_policys_kl": against_policy(values["reward"], values, own, kl),
+    }
 
 
 def _compared(name: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

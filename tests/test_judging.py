@@ -1,0 +1,170 @@
+"""The guard in the pipeline, and `helpsteer-rloo evaluate` on what came of it, by their commands."""
+
+import json
+
+import pytest
+
+from helpsteer_rloo import cli
+from helpsteer_rloo.data.demo import write_rows
+from helpsteer_rloo.training.watch import read_watched
+from tests.test_pipeline import SMALL
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_base, tmp_path_factory):
+    """A finished run with a guard: its directory and the arguments it was started with."""
+    directory = tmp_path_factory.mktemp("guarded")
+    write_rows(directory / "rows.jsonl", 0, 260)
+    data = [f"--dataset_name={directory / 'rows.jsonl'}", f"--model_name_or_path={tiny_base}"]
+    run = [f"--output_dir={directory / 'run'}", "--allow_weak_reward_model", "--use_peft", "--guard"]
+    arguments = [*data, *SMALL, *run, "--rloo.watch_steps=1", "--rloo.watch_prompts=5", "--best_of=4"]
+    cli.run_pipeline(arguments)
+    return directory / "run", arguments
+
+
+def test_a_guard_has_the_other_half_of_the_prompts_and_another_seed(guarded):
+    run, _ = guarded
+    records = [json.loads((run / name / "reward_model.json").read_text()) for name in ("reward_model", "guard_model")]
+    assert [record["settings"]["half"] for record in records] == ["first", "second"]
+    assert [record["settings"]["seed"] for record in records] == [42, 43]
+    summary = json.loads((run / "summary.json").read_text())
+    pairs = [record["data"]["pairs"] for record in records]
+    assert sum(pairs) == summary["data"]["splits"]["train"]["pairs"]
+    assert min(pairs) > 0.3 * max(pairs)
+    assert all("heldout" in record for record in records)
+
+
+def test_the_policy_is_watched_and_judged_with_the_guard(guarded):
+    run, _ = guarded
+    summary = json.loads((run / "summary.json").read_text())
+    watch, policy = summary["rloo"]["watch"], summary["policy"]
+    assert [point["step"] for point in watch["curve"]] == [0, 1, 2]
+    assert all(point["guard"] is not None for point in watch["curve"])
+    assert summary["rloo"]["prompts"]["watched"] == 5
+    seen = read_watched(run / "policy" / "watch")
+    assert [len(one.reward) for one in seen] == [5, 5, 5]
+    assert {"guard_before", "guard_after", "guard_win_rate", "length_controlled_win_rate"} <= set(policy)
+    assert {"distinct_2_after", "repetition_before", "refusals_after"} <= set(policy)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    changes = [row["after"]["guard"] - row["before"]["guard"] for row in samples]
+    assert changes == sorted(changes)  # the worst regressions first
+    assert policy["guard_change"]["value"] == pytest.approx(sum(changes) / len(changes), abs=1e-6)
+
+
+def test_the_policy_is_compared_with_best_of_n(guarded):
+    run, _ = guarded
+    best = json.loads((run / "summary.json").read_text())["policy"]["best_of_n"]
+    assert [point["n"] for point in best["curve"]] == [1, 2, 4]
+    assert [point["reward"] for point in best["curve"]] == sorted(point["reward"] for point in best["curve"])
+    assert {"reward", "guard", "n", "kl", "reaches_the_kl"} == best["at_the_policys_kl"].keys()
+
+
+def test_nothing_runs_twice_and_another_action_runs_rloo_again(guarded, capsys):
+    _, arguments = guarded
+    cli.run_pipeline(arguments)
+    assert "Stage" not in capsys.readouterr().out
+    cli.run_pipeline([*arguments, "--rloo.on_alarm=stop"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "on_alarm 'rollback' -> 'stop'. These stages run again: rloo, evaluation." in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--guard", "--rloo_only"], "--rloo_only trains no guard; give the directory of one"),
+        (["--guard", "--reward.half=first"], "--reward.half cannot be set with --guard"),
+        (["--guard", "--rloo.guard_reward_model=x"], "--rloo.guard_reward_model cannot be set with --guard"),
+        (["--rloo.on_alarm=panic"], "--rloo.on_alarm is 'panic'; expected rollback, stop, warn."),
+        (["--rloo.max_kl=0"], "--rloo.max_kl is 0.0; expected more than 0 nats."),
+        (["--rloo.watch_steps=0"], "--rloo.watch_steps is 0; expected at least 1."),
+        (["--reward.half=third"], "--reward.half is 'third'; expected all, first or second."),
+        (["--reward.loss=hinge"], "--reward.loss is 'hinge'; expected bt, margin, scaled."),
+        (["--reward.label_smoothing=0.5"], "--reward.label_smoothing is 0.5; expected from 0 to below 0.5."),
+        (["--reward.loss=scaled", "--reward.engine=trl"], "--reward.loss is 'scaled'; expected bt or margin with"),
+        (["--reward.label_smoothing_factor=0.1"], "--label_smoothing is that of preferences"),
+    ],
+)
+def test_flags_that_cannot_be(flags, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run_pipeline(flags)
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_guard_that_is_none_is_refused_before_any_work(guarded, tmp_path, capsys):
+    _, arguments = guarded
+    flags = [flag for flag in arguments if flag != "--guard" and not flag.startswith("--output_dir")]
+    with pytest.raises(SystemExit):
+        cli.run_pipeline([*flags, f"--output_dir={tmp_path / 'run'}", f"--rloo.guard_reward_model={tmp_path / 'none'}"])
+    captured = capsys.readouterr()
+    assert "no finished reward model there" in " ".join(captured.err.split())
+    assert "Stage reward_model" not in captured.out
+
+
+def test_a_reward_model_is_judged_on_its_own_held_out_prompts(guarded, tmp_path, capsys):
+    run, _ = guarded
+    output = tmp_path / "result.json"
+    cli.evaluate([f"--reward_model_dir={run / 'reward_model'}", f"--output={output}"])
+    result = json.loads(output.read_text())
+    record = json.loads((run / "reward_model" / "reward_model.json").read_text())
+    assert result["heldout_accuracy"] == record["heldout"]["heldout_accuracy"]
+    assert result["heldout_pairs"] == record["heldout"]["heldout_pairs"]
+    assert result["findings"] == record["heldout"]["findings"]
+    assert result["counts"]["heldout_prompts"] == record["heldout"]["heldout_prompts"]
+    out = capsys.readouterr().out
+    assert "What this means" in out
+    assert "calibration: ece" in out
+
+
+def test_two_reward_models_are_compared(guarded, tmp_path, capsys):
+    run, _ = guarded
+    output = tmp_path / "result.json"
+    names = [str(run / "reward_model"), str(run / "guard_model")]
+    cli.evaluate([f"--reward_model_dir={names[0]}", f"--compare_with={names[1]}", f"--output={output}"])
+    result = json.loads(output.read_text())
+    (pair,) = result["comparison"]["compared"]
+    assert [pair["first"], pair["second"]] == names
+    accuracies = [result["heldout_accuracy"], result["others"][names[1]]["heldout_accuracy"]]
+    assert pair["difference"]["value"] == pytest.approx(accuracies[1] - accuracies[0])
+    assert "Compared on" in capsys.readouterr().out
+
+
+def test_pairs_of_another_data_set_are_all_judged_with_a_warning(guarded, tmp_path, capsys):
+    run, _ = guarded
+    rows = [json.loads(line) for line in (run.parent / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["context"][-1]["content"] += " Please."
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "result.json"
+    cli.evaluate(
+        [
+            f"--reward_model_dir={run / 'reward_model'}",
+            f"--dataset_name={tmp_path / 'other.jsonl'}",
+            f"--output={output}",
+        ]
+    )
+    result = json.loads(output.read_text())
+    assert result["counts"]["heldout_prompts"] == 0
+    assert result["heldout_pairs"] > 150
+    assert "no prompt of this data set was held out" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--compare_with=REWARD"], "names a reward model twice"),
+        (["--compare_with=nowhere"], "--compare_with nowhere: no finished reward model there"),
+        (["--language=klingon"], "no usable preference pair"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(guarded, flags, says, capsys):
+    run, _ = guarded
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate(
+            [
+                f"--reward_model_dir={run / 'reward_model'}",
+                *(f.replace("REWARD", str(run / "reward_model")) for f in flags),
+            ]
+        )
+    assert ended.value.code == 1
+    assert says in " ".join(capsys.readouterr().err.split())
