@@ -23,7 +23,7 @@ from helpsteer_rloo.model.roles import (
     load_shared_reward,
     without_reward,
 )
-from helpsteer_rloo.model.rollout import Completion, Sampling, sample_groups, sequence_seed, supports_sampler
+from helpsteer_rloo.model.rollout import Completion
 from helpsteer_rloo.model.sharding import whole_weights
 from helpsteer_rloo.objectives import kl_terms
 from helpsteer_rloo.packing import token_count
@@ -32,7 +32,8 @@ from helpsteer_rloo.training.exact_resume import Position
 from helpsteer_rloo.training.packed import row_budget, set_up_packing
 from helpsteer_rloo.training.rloo_config import RLOOConfig
 from helpsteer_rloo.training.rloo_objective import RLOOObjective
-from helpsteer_rloo.training.rloo_scoring import ScoredRLOOTrainer, gathered, has_images
+from helpsteer_rloo.training.rloo_sampling import SamplingRLOOTrainer
+from helpsteer_rloo.training.rloo_scoring import gathered, has_images
 from helpsteer_rloo.training.rollouts import (
     KnownTokens,
     Rewards,
@@ -50,12 +51,11 @@ from helpsteer_rloo.training.rollouts import (
 )
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.row_stats import RowStats, metrics_of, summed
-from helpsteer_rloo.training.vllm import TellingVLLM
 
 __all__ = ["RLOOConfig", "RLOOTrainer"]
 
 
-class RLOOTrainer(ScoredRLOOTrainer):
+class RLOOTrainer(SamplingRLOOTrainer):
     """TRL's `RLOOTrainer`, same arguments and configurations, with these differences besides `ScoredRLOOTrainer`'s.
 
     - Policy, reference and reward passes run on packed rows: next to no padding, each prompt once for its completions.
@@ -83,11 +83,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         )
         self._slices: list[TrainingSlice] = []
         self._unlogged: list[RowStats] = []
-        self._sampled_at_once, self._computed_at_once = AtOnce(), AtOnce()
-        if self.use_vllm:
-            self.vllm_generation = TellingVLLM(
-                cast(Any, self.vllm_generation), cast(Any, self.args), cast(list[int], self.eos_token_ids)
-            )
+        self._computed_at_once = AtOnce()
 
     def _set_up_packing(self) -> int:
         """Use packed rows if the model and the arguments allow it, or say why not; most tokens in a row."""
@@ -137,60 +133,7 @@ class RLOOTrainer(ScoredRLOOTrainer):
         with without_reward(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
 
-    # ---- sampling ---------------------------------------------------------------------------------------------------
-
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any]
-    ) -> list[list[int]]:
-        policy = self.accelerator.unwrap_model(self.model)
-        if not self._packed or images is not None or multimodal_fields or self._asks_for_generate:
-            ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-            self._drawn = self.vllm_generation.drawn if self.use_vllm else None
-            return ids
-        if not supports_sampler(policy):
-            self._fall_back("this model cannot be sampled by the embedded sampler")
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        place = (self.state.global_step, int(self._sampling_for_training))
-        first = self.accelerator.process_index * len(prompt_ids)
-        seeds = [sequence_seed(self.args.seed, *place, first + index) for index in range(len(prompt_ids))]
-        self._drawn = self.drawn(prompt_ids, seeds)
-        return [list(completion.ids) for completion in self._drawn]
-
-    def drawn(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Completion]:
-        """Completions by the embedded sampler, one a prompt with its seed; neighbours share their prompt."""
-        policy, args = self.accelerator.unwrap_model(self.model), cast(trl.RLOOConfig, self.args)
-        sampling = Sampling(
-            max_new_tokens=cast(int, self.max_completion_length),
-            temperature=self.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k or 0,
-            end_ids=tuple(cast(list[int], self.eos_token_ids)),
-        )
-        count = len(prompt_ids)
-        units = units_of(Rollout([], list(map(list, prompt_ids)), [[0]] * count, [], []), self._group_size)
-        prompts = [unit.group.prompt_ids for unit in units]
-        seeds_of = [[seeds[place] for place in unit.places] for unit in units]
-
-        def run(rows: int) -> list[list[Completion]]:
-            return sample_groups(policy, prompts, seeds_of, sampling, rows=rows)
-
-        with whole_weights(policy):
-            found = self._sampled_at_once.run(run, max(self._group_size, self.forward_batch_size or count), 1)
-        return [completion for completions in found for completion in completions]
-
-    @property
-    def _asks_for_generate(self) -> bool:
-        """Whether a setting was given that only vLLM or transformers' `generate` knows."""
-        args = cast(trl.RLOOConfig, self.args)
-        return bool(
-            self.use_vllm
-            or self.max_completion_length is None
-            or self.use_transformers_continuous_batching
-            or args.generation_kwargs
-            or args.cache_implementation
-            or self.min_p
-            or self.repetition_penalty not in (None, 1.0)
-        )
+    # ---- scores -----------------------------------------------------------------------------------------------------
 
     def _scores(self, inputs: list[dict[str, Any]], rollout: Rollout) -> Scores:
         with whole_weights(self.accelerator.unwrap_model(self.model)):  # on which the reward model may stand

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpsteer_rloo.alarms import Watched, alarms, best_of, verdict
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.rollout import sequence_seed
+from helpsteer_rloo.model.rollout import sequence_seed, supports_sampler
 from helpsteer_rloo.run_dir import write_bytes
 from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none
 from helpsteer_rloo.training.rloo import RLOOTrainer
@@ -44,6 +44,9 @@ class PolicyWatch(TrainerCallback):
         guard: Scores as it is not, if there is such a reward model.
         rules: When, and what follows.
         directory: Of the files.
+
+    Raises:
+        ValueError: the policy is a model that the embedded sampler does not take.
     """
 
     def __init__(
@@ -54,6 +57,11 @@ class PolicyWatch(TrainerCallback):
         rules: WatchRules,
         directory: Path,
     ) -> None:
+        if not supports_sampler(trainer.accelerator.unwrap_model(trainer.model)):
+            raise ValueError(
+                "The policy cannot be watched, since the embedded sampler does not take this model. Leave out "
+                "--guard_reward_model, --watch_steps and --max_kl."
+            )
         even = len(prompts) // trainer.accelerator.num_processes * trainer.accelerator.num_processes
         self._trainer, self._prompts, self._guard = trainer, prompts[:even], guard
         self._rules, self._directory = rules, directory
