@@ -30,7 +30,8 @@ def effective_settings(settings: Settings[Any]) -> dict[str, Any]:
     """
     data = {field.name for field in fields(DataKnobs)}
     described = settings.describe()
-    left_out = _WITHOUT_EFFECT + (() if described.get("load_best_model_at_end") else _OF_THE_BEST)
+    best = described.get("load_best_model_at_end") or described.get("early_stopping_patience")
+    left_out = _WITHOUT_EFFECT + (() if best else _OF_THE_BEST)
     kept = {k: v for k, v in described.items() if not k.startswith(left_out) and k not in data}
     per_device, passes = described["per_device_train_batch_size"], described["gradient_accumulation_steps"]
     return {

@@ -105,6 +105,11 @@ class RewardKnobs(EngineKnobs):
     )
     label_smoothing: float = _knob(0.0, "Probability that a label is wrong, below 0.5.")
     weight_by_agreement: bool = _knob(False, "Count every pair by the share of annotators who agree with its label.")
+    early_stopping_patience: int | None = _knob(
+        None,
+        "Stop when the loss on a tenth of the training prompts, kept out of training for that, has not fallen in so "
+        "many evaluations (every eval_steps, default save_steps); the best checkpoint is the result.",
+    )
     half: str = _knob(
         "all", "Training prompts to use, by a hash of the prompt: 'first' or 'second' half, or 'all'; for a guard."
     )
@@ -113,6 +118,8 @@ class RewardKnobs(EngineKnobs):
         """Check values that no type can check."""
         super().__post_init__()
         _require(self.loss in LOSSES, "loss", self.loss, ", ".join(LOSSES))
+        patience = self.early_stopping_patience
+        _require(patience is None or patience >= 1, "early_stopping_patience", patience, "at least 1")
         _require(self.half in ("all", "first", "second"), "half", self.half, "all, first or second")
         _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "from 0 to below 0.5")
         if self.engine == "trl":

@@ -115,7 +115,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
         from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.lost_processes import lost_processes_explained
-        from helpsteer_rloo.training.reward import train_reward_model
+        from helpsteer_rloo.training.reward_model import train_reward_model
         from helpsteer_rloo.training.trl_configs import passed_on_explained
 
         check_base(context.model, context.tokenizer, trust_remote_code=context.trust_remote_code)

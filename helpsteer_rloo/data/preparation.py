@@ -17,6 +17,8 @@ from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import fingerprint
 
 PERCENTILES = (50, 90, 95, 99, 100)
+CHOOSING_SHARE = 0.1
+"""Of the training prompts, where the best of several steps is to be chosen."""
 
 
 @dataclass
@@ -165,6 +167,22 @@ def half_of(groups: Sequence[TokenGroup], which: str) -> list[TokenGroup]:
     if not half:
         raise ValueError(f"No training prompt is in the {which} half; use more rows, or --half all.")
     return half
+
+
+def to_choose_by(groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], list[TokenGroup]]:
+    """About nine tenths of some groups and one tenth, by a hash of their prompts: to train on, and to choose a step by.
+
+    Held-out pairs are not used for that, since the chosen step is then judged on them.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
+    parts: tuple[list[TokenGroup], list[TokenGroup]] = ([], [])
+    for group in groups:
+        parts[hash_share(prompt_key(group.prompt)[19:]) < CHOOSING_SHARE].append(group)
+    if not all(parts):
+        raise ValueError("There are too few training prompts to choose the best step by a tenth of them.")
+    return parts
 
 
 def rollout_prompts(

@@ -9,6 +9,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
@@ -112,7 +113,8 @@ def _watch(
 def _train(trainer: RLOOTrainer, own: RLOOKnobs, watch: PolicyWatch | None) -> int:
     """Train to the end, or to where the watch ends it; what lies behind the checkpoint is discarded and made again."""
 
-    def begin(step: int) -> bool:
+    def begin(checkpoint: Path | None) -> bool:
+        step = step_of(checkpoint) if checkpoint else 0
         if trainer.accelerator.is_main_process and trainer.rollouts_dir is not None:
             discard_rollouts_from(trainer.rollouts_dir, step)
         return watch is not None and watch.begin(step)

@@ -7,20 +7,22 @@ from typing import Any, cast
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from helpsteer_rloo.checkpoints import full_disk_explained, step_of
+from helpsteer_rloo.checkpoints import full_disk_explained
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
 from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
 
 
-def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int], bool] = lambda step: False) -> int:
+def train_to_the_end(
+    trainer: Trainer, max_bad_steps: int, begin: Callable[[Path | None], bool] = lambda checkpoint: False
+) -> int:
     """Train from the newest whole checkpoint, with sealed checkpoints, skipping bad steps.
 
     Args:
         trainer: Any; its output directory is where checkpoints are.
         max_bad_steps: Steps in a row whose gradient may be not finite.
-        begin: Called with the step that training goes on from, once that is known; whether it was the last one.
+        begin: Called with the checkpoint that training goes on from, once that is known; whether it ended there.
 
     Returns:
         The number of steps that were skipped.
@@ -36,9 +38,10 @@ def train_to_the_end(trainer: Trainer, max_bad_steps: int, begin: Callable[[int]
         refuse_other_engine(trainer, checkpoint)
     seal_checkpoints(trainer)
     bad_steps = skip_bad_steps(trainer, max_bad_steps)
-    if begin(step_of(checkpoint) if checkpoint else 0) and checkpoint:
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        cast(Any, trainer)._load_from_checkpoint(str(checkpoint))
+    if begin(checkpoint) and checkpoint:
+        state = trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        cast(Any, trainer)._load_from_checkpoint(best or str(checkpoint))
         return bad_steps.total
     with stopping_on_request(trainer), full_disk_explained(Path(directory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -15,7 +15,8 @@ from helpsteer_rloo.evaluation import stock_scores
 from helpsteer_rloo.model.forward import scalar_head, score_sequences
 from helpsteer_rloo.model.loading import Base, load_reward_model
 from helpsteer_rloo.objectives import bradley_terry_loss, preference_margins
-from helpsteer_rloo.training.reward import RewardTrainer, to_stored_dtype, with_trained_head
+from helpsteer_rloo.training.reward import RewardTrainer, with_trained_head
+from helpsteer_rloo.training.reward_model import to_stored_dtype
 
 CHAT = [
     {

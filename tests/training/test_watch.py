@@ -8,6 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.model.forward import group_log_probs
 from helpsteer_rloo.rendering import Renderer
@@ -54,7 +55,7 @@ def make(tiny_base, tokenizer, directory, guard=None, lora=False, action="rollba
 def run(trainer, watch):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        train_to_the_end(trainer, 5, watch.begin)
+        train_to_the_end(trainer, 5, lambda checkpoint: watch.begin(step_of(checkpoint) if checkpoint else 0))
         watch.finish()
     return [str(warning.message) for warning in told]
 
