@@ -1,9 +1,9 @@
 """A reward with a flaw that a policy learns to exploit: what the guard does about it.
 
 In the demo world, RLOO is run against the reward model plus a planted flaw: a bonus for every word, which the truth
-(the world's gold quality) knows nothing of. Without the guard's help the lists grow and gold falls; with it the run ends
-and goes back to its best step. Every seed is a world, a reward model and a guard of its own, and the runs of a seed
-differ in the guard's action alone. The run without a flaw must go to its end.
+(the world's gold quality) knows nothing of. Without the guard's help the lists grow and gold falls; with it the run
+ends and goes back to its best step. Every seed is a world, a reward model and a guard of its own, and the runs of a
+seed differ in the guard's action alone. The run without a flaw must go to its end.
 
 A last run, which no bar is set for, shows what a guard cannot see: a bonus for one word, oak, whatever was asked for.
 The reward models of this world are both nearly blind to what is listed, so gold falls and the guard's score does not.
