@@ -73,12 +73,11 @@ def demo(directory: Path, seed: int, **rloo: Any) -> dict[str, Any]:
 
 def gold_curve(directory: Path) -> dict[int, float]:
     """The true quality at every step that was measured, on the same prompts with the same seeds."""
-    from helpsteer_rloo.training.watch import read_rows
+    from helpsteer_rloo.training.ledger import read_steps
 
     curve: dict[int, float] = {}
-    for path in sorted((directory / "run" / "policy" / "watch").glob("step-*.jsonl.gz")):
-        values = [gold(row["prompt"], row["text"], row["ended"]) for row in read_rows(path)]
-        curve[int(path.name[5:11])] = sum(values) / len(values)
+    for step, rows in read_steps(directory / "run" / "policy" / "watch").items():
+        curve[step] = sum(gold(row["prompt"], row["text"], row["ended"]) for row in rows) / len(rows)
     return curve
 
 

@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpsteer_rloo.console import comparison_table, findings_table, judgement_table, say, show
+from helpsteer_rloo.flags import own_flags
 from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model, read_heldout_prompts
-from helpsteer_rloo.run_dir import write_json
+from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, write_json
 
 if TYPE_CHECKING:
     from helpsteer_rloo.evaluation.preference import Judgement
@@ -81,7 +82,7 @@ def _judged(own: JudgeKnobs, directory: str, heldout: set[str]) -> "tuple[list[J
 
     record = _checked(own, directory)
     renderer = own_renderer(directory, record, "--reward_model_dir", trusted=own.trust_remote_code)
-    knobs = data_knobs(own, record)
+    knobs = data_knobs(own, directory, record)
     groups, counts = heldout_pairs(knobs, renderer, heldout)
     pairs = sum(len(group.preferences) for group in groups)
     say(f"{directory}: {pairs} pairs on {len(groups)} prompts of {knobs.dataset_name}.")
@@ -111,16 +112,34 @@ def own_renderer(directory: str, record: dict[str, Any], flag: str, *, trusted: 
     return renderer
 
 
-def data_knobs(own: JudgeKnobs, record: dict[str, Any]) -> DataKnobs:
+def data_knobs(own: JudgeKnobs, directory: str, record: dict[str, Any]) -> DataKnobs:
     """How data are read: as in the reward model's training, but for what the command line says otherwise."""
-    trained: dict[str, Any] = record.get("settings", {})
-    values: dict[str, Any] = {f.name: trained[f.name] for f in fields(DataKnobs) if f.name in trained}
+    values = _trained_with(directory, record)
     values |= {"thinking": record["thinking"], "max_length": own.max_length or record["rendering"]["max_length"]}
     given = {name: getattr(own, name) for name in ("dataset_name", "language", "domains", "skip_bad_rows")}
     values |= {name: value for name, value in given.items() if value is not None}
     if own.dataset_name is not None:
         values["dataset_revision"] = None
     return DataKnobs(**values)
+
+
+def _trained_with(directory: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The data's settings in a reward model's record, which may come from anywhere.
+
+    Raises:
+        ValueError: one is of another type than it has.
+    """
+    given, values = record.get("settings"), {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{Path(directory) / REWARD_MODEL_RECORD}: settings is no mapping; train the model again.")
+    for flag in own_flags(DataKnobs):
+        if given.get(flag.name) is not None:
+            try:
+                values[flag.name] = flag.from_yaml(given[flag.name])
+            except ValueError as error:
+                place = f"{Path(directory) / REWARD_MODEL_RECORD}: settings.{flag.name}"
+                raise ValueError(f"{place}: {error} Give the flag, or train the model again.") from None
+    return values
 
 
 def heldout_pairs(

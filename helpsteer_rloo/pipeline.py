@@ -151,6 +151,7 @@ def _run_all(
     ]
     if not own.reward_model_only:
         _refuse_weak_reward_model(settings)
+        _warn_of_a_weak_guard(settings)
         run_stages(run, stages, say)
     summary = summarize_run(run, settings, finished_stages(run, stages))
     if is_main_process():
@@ -177,6 +178,13 @@ def _refuse_weak_reward_model(settings: PipelineSettings) -> None:
         "data.json; how many pairs were cut to --max_length; the learning rate (--reward.learning_rate) and epochs "
         "(--reward_epochs). --allow_weak_reward_model goes on all the same."
     )
+
+
+def _warn_of_a_weak_guard(settings: PipelineSettings) -> None:
+    guard = settings.rloo.own.guard_reward_model
+    heldout = (read_json(Path(guard) / REWARD_MODEL_RECORD) or {}).get("heldout") if guard else None
+    if heldout and not heldout["better_than_chance"]:
+        say(f"WARNING: the guard in {guard} is not significantly better than chance, and cannot tell when to stop.")
 
 
 def _weakness(heldout: dict[str, Any]) -> str:

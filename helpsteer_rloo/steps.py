@@ -199,7 +199,8 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of
         write_json(directory / REWARD_MODEL_RECORD, {**record, "heldout": heldout, "sample_predictions": sample})
         write_text(directory / "README.md", reward_model_card({**record, "heldout": heldout}))
         low, high = heldout["interval"]
-        say(f"Held-out accuracy {heldout['heldout_accuracy']:.3f} [{low:.3f}, {high:.3f}] on {len(judgements)} pairs.")
+        accuracy = f"Held-out accuracy {heldout['heldout_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        say(f"{accuracy} on {len(judgements)} pairs of the {of.replace('_', ' ')}.")
         return heldout
 
     return Stage(

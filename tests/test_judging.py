@@ -1,6 +1,7 @@
 """The guard in the pipeline, and `helpsteer-rloo evaluate` on what came of it, by their commands."""
 
 import json
+import shutil
 
 import pytest
 
@@ -166,5 +167,23 @@ def test_what_cannot_be_judged_is_said(guarded, flags, says, capsys):
                 *(f.replace("REWARD", str(run / "reward_model")) for f in flags),
             ]
         )
+    assert ended.value.code == 1
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("x", "settings is no mapping"),
+        ({"validation_fraction": "many"}, "settings.validation_fraction: "),
+        ({"html_entities": "some"}, "--html_entities is 'some'"),
+    ],
+)
+def test_a_record_with_strange_settings_is_refused(guarded, tmp_path, settings, says, capsys):
+    shutil.copytree(guarded[0] / "reward_model", tmp_path / "model")
+    record = json.loads((tmp_path / "model" / "reward_model.json").read_text())
+    (tmp_path / "model" / "reward_model.json").write_text(json.dumps({**record, "settings": settings}))
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate([f"--reward_model_dir={tmp_path / 'model'}"])
     assert ended.value.code == 1
     assert says in " ".join(capsys.readouterr().err.split())

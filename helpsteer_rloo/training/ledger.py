@@ -3,9 +3,10 @@
 import gzip
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from helpsteer_rloo.run_dir import write_bytes
 
@@ -45,20 +46,30 @@ def write_rollout(directory: Path, step: int, entries: Iterable[Entry]) -> Path:
 
     A run that goes on from a checkpoint samples the steps behind it again and replaces their files.
     """
+    return write_step(directory, step, map(asdict, entries))
+
+
+def write_step(directory: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write the rows of an optimizer step as JSON lines, atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{step:06d}.jsonl.gz"
-    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_bytes(path, gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0))
     return path
 
 
+def read_steps(directory: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of all steps, in their order."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(directory.glob("step-*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
+            found[int(path.name[5:11])] = [json.loads(line) for line in file]
+    return found
+
+
 def read_rollouts(directory: Path) -> list[Entry]:
     """All entries of a ledger in the order of their steps."""
-    entries = []
-    for path in sorted(directory.glob("step-*.jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            entries += [Entry(**json.loads(line)) for line in file]
-    return entries
+    return [Entry(**row) for rows in read_steps(directory).values() for row in rows]
 
 
 def discard_rollouts_from(directory: Path, step: int) -> int:

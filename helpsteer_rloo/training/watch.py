@@ -1,7 +1,5 @@
 """Watching a policy while it is trained: measurements along the run, and its end where it begins to go wrong."""
 
-import gzip
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from helpsteer_rloo.alarms import Watched, alarms, best_of, verdict
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.rollout import sequence_seed, supports_sampler
-from helpsteer_rloo.run_dir import write_bytes
-from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none
+from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none, read_steps, write_step
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
 
@@ -89,7 +86,7 @@ class PolicyWatch(TrainerCallback):
         if not (self.ends_the_run and self._rules.action == "rollback" and state.best_model_checkpoint):
             return
         if state.best_global_step != state.global_step:
-            warnings.warn(f"Going back to step {state.best_global_step}, the best by the guard.", stacklevel=2)
+            warnings.warn(f"Going back to step {state.best_global_step}, the best so far.", stacklevel=2)
             cast(Any, self._trainer)._load_best_model()
             self.rolled_back_to = state.best_global_step
 
@@ -134,7 +131,7 @@ class PolicyWatch(TrainerCallback):
         rows = dict(gather_object(list(zip(numbers, self._rows(own, seeds), strict=True))))
         ordered = [rows[number] for number in sorted(rows)]
         if accelerator.is_main_process:
-            write_watched(self._directory, state.global_step, ordered)
+            write_step(self._directory, state.global_step, ordered)
         self.history.append(_watched(state.global_step, ordered))
 
     def _rows(self, prompts: Sequence[TokenGroup], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -161,24 +158,9 @@ class PolicyWatch(TrainerCallback):
         ]
 
 
-def write_watched(directory: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write what was measured at a step, one line a prompt, atomically."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    content = gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0)
-    write_bytes(directory / f"step-{step:06d}.jsonl.gz", content)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of one file."""
-    with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
-        return [json.loads(line) for line in file]
-
-
 def read_watched(directory: Path) -> list[Watched]:
     """What was measured along a run, in the order of the steps."""
-    paths = sorted(directory.glob("step-*.jsonl.gz"))
-    return [_watched(int(path.name[5:11]), read_rows(path)) for path in paths]
+    return [_watched(step, rows) for step, rows in read_steps(directory).items()]
 
 
 def _watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:

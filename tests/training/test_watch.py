@@ -12,9 +12,10 @@ from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.model.forward import group_log_probs
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.training.ledger import read_steps
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.running import train_to_the_end
-from helpsteer_rloo.training.watch import PolicyWatch, WatchRules, read_rows, read_watched
+from helpsteer_rloo.training.watch import PolicyWatch, WatchRules, read_watched
 from tests.training.test_rloo import arguments, chat, length_reward
 
 STEPS = 8
@@ -71,7 +72,7 @@ def test_what_is_measured_is_the_policys_own(tiny_base, tokenizer, tmp_path):
     assert watch.history == read_watched(tmp_path / "watch")
     start, last = watch.history[0], watch.history[-1]
     assert start.kl == pytest.approx([0.0] * 6, abs=1e-4)
-    rows = read_rows(tmp_path / "watch" / "step-000008.jsonl.gz")
+    rows = read_steps(tmp_path / "watch")[8]
     assert [row["prompt"] for row in rows] == [f"Name {n} fish." for n in range(6)]
     prompts = watched_prompts(tokenizer)
     groups = [
