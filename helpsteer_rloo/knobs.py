@@ -110,6 +110,9 @@ class RewardKnobs(EngineKnobs):
         "Stop when the loss on a tenth of the training prompts, kept out of training for that, has not fallen in so "
         "many evaluations (every eval_steps, default save_steps); the best checkpoint is the result.",
     )
+    ensemble: int = _knob(
+        1, "Reward models to train, with seeds one after the other; those after the first go to OUTPUT_DIR_2, _3, …"
+    )
     half: str = _knob(
         "all", "Training prompts to use, by a hash of the prompt: 'first' or 'second' half, or 'all'; for a guard."
     )
@@ -120,6 +123,7 @@ class RewardKnobs(EngineKnobs):
         _require(self.loss in LOSSES, "loss", self.loss, ", ".join(LOSSES))
         patience = self.early_stopping_patience
         _require(patience is None or patience >= 1, "early_stopping_patience", patience, "at least 1")
+        _require(self.ensemble >= 1, "ensemble", self.ensemble, "at least 1")
         _require(self.half in ("all", "first", "second"), "half", self.half, "all, first or second")
         _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "from 0 to below 0.5")
         if self.engine == "trl":
@@ -167,6 +171,12 @@ class RLOOKnobs(EngineKnobs):
     cliprange: float = _knob(0.2, "Clip range of the sequence-level probability ratio.")
     response_length: int = _knob(512, "Longest completion, in tokens.")
     rollouts_dir: str | None = _knob(None, "Where the rollouts are recorded (default: OUTPUT_DIR/rollouts).")
+    reward_ensemble: str | None = _knob(
+        None, "More reward models to train against together with the first, directories separated by commas."
+    )
+    score_of_ensemble: str = _knob(
+        "mean", "What the models of an ensemble say together: their 'mean', or the score of the 'worst' for each."
+    )
     guard_reward_model: str | None = _knob(
         None, "Reward model of other data and seed, which the policy is watched with and not trained against."
     )
@@ -180,6 +190,11 @@ class RLOOKnobs(EngineKnobs):
         "checkpoint by the guard, 'stop', or 'warn'.",
     )
     max_kl: float | None = _knob(None, "KL of a completion from the start, in nats, that is not to be exceeded.")
+
+    @property
+    def ensemble_members(self) -> list[str]:
+        """Directories of the reward models besides the first."""
+        return [name.strip() for name in (self.reward_ensemble or "").split(",") if name.strip()]
 
     @property
     def watched(self) -> bool:
@@ -204,6 +219,9 @@ class RLOOKnobs(EngineKnobs):
         for name in ("watch_steps", "watch_prompts"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        _require(
+            self.score_of_ensemble in ("mean", "worst"), "score_of_ensemble", self.score_of_ensemble, "mean or worst"
+        )
         _require(self.on_alarm in ACTIONS, "on_alarm", self.on_alarm, ", ".join(ACTIONS))
         _require(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "more than 0 nats")
         _require_directory("guard_reward_model", self.guard_reward_model)

@@ -15,7 +15,10 @@ from typing import Any
 from helpsteer_rloo.checks import check_pipeline
 from helpsteer_rloo.config import PIPELINE, SECTIONS, CommandSpec, Knobs, PipelineSettings, Settings, flags_named_of
 from helpsteer_rloo.flags import FlagParser, FlagValue, read_yaml
-from helpsteer_rloo.knobs import DEFAULT_POLICY_DIR, DEFAULT_REWARD_MODEL_DIR, DataKnobs, PipelineKnobs
+from helpsteer_rloo.knobs import DEFAULT_POLICY_DIR, DEFAULT_REWARD_MODEL_DIR, DataKnobs, PipelineKnobs, RewardKnobs
+
+DEFAULT_SEED = 42
+"""transformers' own."""
 
 
 def parse_command(
@@ -84,8 +87,28 @@ def pipeline_settings(
         with flags_named_of(name):
             command.resolve(section, source=f"{source}: {name}")
             stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
-    settings = PipelineSettings(own, stages["reward"], stages["rloo"])
+    settings = _with_ensemble(PipelineSettings(own, stages["reward"], stages["rloo"]))
     return _with_guard(settings) if own.guard else settings
+
+
+def _with_ensemble(settings: PipelineSettings) -> PipelineSettings:
+    """RLOO against all reward models that the run trains."""
+    members = [str(member.own.output_dir) for member in ensemble(settings.reward)[1:]]
+    if not members or settings.own.rloo_only:
+        return settings
+    if settings.rloo.own.reward_ensemble:
+        raise ValueError("--rloo.reward_ensemble cannot be set with --reward.ensemble, which decides it.")
+    own = dataclasses.replace(settings.rloo.own, reward_ensemble=",".join(members))
+    return dataclasses.replace(settings, rloo=Settings(own, settings.rloo.trl))
+
+
+def ensemble(settings: Settings[RewardKnobs]) -> list[Settings[RewardKnobs]]:
+    """The settings of each reward model of an ensemble: directories and seeds of their own."""
+    own, members = settings.own, [settings]
+    for number in range(2, own.ensemble + 1):
+        trl = {**settings.trl, "seed": int(settings.trl.get("seed", DEFAULT_SEED)) + number - 1}
+        members.append(Settings(dataclasses.replace(own, output_dir=f"{own.output_dir}_{number}"), trl))
+    return members
 
 
 def _with_guard(settings: PipelineSettings) -> PipelineSettings:
@@ -105,8 +128,8 @@ def _with_guard(settings: PipelineSettings) -> PipelineSettings:
         Settings(dataclasses.replace(reward.own, half="first"), reward.trl),
         Settings(dataclasses.replace(rloo.own, guard_reward_model=directory), rloo.trl),
         Settings(
-            dataclasses.replace(reward.own, half="second", output_dir=directory),
-            {**reward.trl, "seed": int(reward.trl["seed"]) + 1},
+            dataclasses.replace(reward.own, half="second", output_dir=directory, ensemble=1),
+            {**reward.trl, "seed": int(reward.trl["seed"]) + reward.own.ensemble},
         ),
     )
 

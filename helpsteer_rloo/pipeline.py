@@ -12,12 +12,14 @@ from helpsteer_rloo.config import PipelineSettings, Settings, flags_named_of
 from helpsteer_rloo.console import results_table, say, show
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
+from helpsteer_rloo.parsing import ensemble
 from helpsteer_rloo.processes import is_main_process, process_count
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model
 from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
 from helpsteer_rloo.stages import Stage, finished_stages, refuse_foreign, run_stages, seconds_by_stage
 from helpsteer_rloo.steps import (
+    DataContext,
     data_context,
     data_stage,
     evaluation_stage,
@@ -32,21 +34,30 @@ OF_BOTH_TRAININGS = ("model_name_or_path", "model_revision", "trust_remote_code"
 def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     """`reward_model_training.py`: data, reward model, verification; the record is kept beside the model."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
-    refuse_foreign(Path(settings.own.output_dir))
-    with _only_process(run, settings.own.output_dir):
-        outputs = run_stages(
-            run, [data_stage(run, context), reward_stage(settings, context), verification_stage(settings, context)], say
-        )
+    made = [member.own.output_dir for member in ensemble(settings)]
+    for directory in made:
+        refuse_foreign(Path(directory))
+    with _only_process(run, *made):
+        outputs = run_stages(run, [data_stage(run, context), *_reward_stages(settings, context)], say)
     say(f"The reward model is in {settings.own.output_dir}.")
     if not outputs["verification"]["better_than_chance"]:
         say("WARNING: " + _weakness(outputs["verification"]) + "RLOO against it would train the policy on noise.")
     say(f"Next: {rloo_command(settings)}")
 
 
+def _reward_stages(settings: Settings[RewardKnobs], context: DataContext) -> list[Stage]:
+    """Training and verification of a reward model, or of each one of an ensemble."""
+    stages: list[Stage] = []
+    for number, member in enumerate(ensemble(settings), start=1):
+        name = "reward_model" if number == 1 else f"reward_model_{number}"
+        stages += [reward_stage(member, context, name), verification_stage(member, context, of=name)]
+    return stages
+
+
 def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     """`rloo_helpsteer_training.py`: data and RLOO; the record is kept beside the policy."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
-    _check_guard(settings, _check_reward_model(settings, "--reward_model_path"))
+    _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
     with _only_process(run, settings.own.output_dir):
         run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
@@ -82,16 +93,23 @@ def _check_reward_model(settings: Settings[RLOOKnobs], flag: str) -> int:
     return longest
 
 
-def _check_guard(settings: Settings[RLOOKnobs], longest: int) -> None:
-    """Look at the guard before any work; it has to read what the reward model does, which was trained on `longest`."""
+def _check_others(
+    settings: Settings[RLOOKnobs], longest: int, *, own_guard: bool = False, own_members: bool = False
+) -> None:
+    """Look at the guard and the ensemble before any work, but for those that the run trains itself.
+
+    They have to read what the reward model does, which was trained on sequences of `longest` tokens.
+    """
     guard = settings.own.guard_reward_model
-    if guard is not None:
+    given = {} if guard is None or own_guard else {guard: "--guard_reward_model"}
+    given |= {} if own_members else dict.fromkeys(settings.own.ensemble_members, "--reward_ensemble")
+    for directory, flag in given.items():
         trusted = bool(settings.trl.get("trust_remote_code"))
-        limit = check_reward_model(guard, "--guard_reward_model", trusted=trusted)["rendering"]["max_length"]
+        limit = check_reward_model(directory, flag, trusted=trusted)["rendering"]["max_length"]
         if limit < longest:
             raise ValueError(
-                f"--guard_reward_model {guard} was trained on at most {limit} tokens, the reward model on {longest}: "
-                "give a guard that was trained with the same --max_length."
+                f"{flag} {directory} was trained on at most {limit} tokens, the reward model on {longest}: give one "
+                "that was trained with the same --max_length."
             )
 
 
@@ -115,9 +133,8 @@ def run_pipeline(
         longest = settings.reward.own.max_length
         if own.rloo_only:
             longest = _check_reward_model(settings.rloo, "--reward_model_dir")
-        if settings.guard is None:
-            _check_guard(settings.rloo, longest)
-    made = [] if own.rloo_only else [settings.reward.own.output_dir]
+        _check_others(settings.rloo, longest, own_guard=settings.guard is not None, own_members=not own.rloo_only)
+    made = [] if own.rloo_only else [member.own.output_dir for member in ensemble(settings.reward)]
     made += [settings.guard.own.output_dir] if settings.guard else []
     made += [] if own.reward_model_only else [settings.rloo.own.output_dir]
     for directory in made:
@@ -137,7 +154,7 @@ def _run_all(
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
     if not own.rloo_only:
-        first += [reward_stage(settings.reward, context), verification_stage(settings.reward, context)]
+        first += _reward_stages(settings.reward, context)
     if settings.guard:
         first += [
             reward_stage(settings.guard, context, "guard"),
@@ -237,6 +254,8 @@ def rloo_command(settings: Settings[RewardKnobs]) -> str:
     shared = {name: value for name, value in given.items() if value != getattr(RewardKnobs(), name)}
     trl, own_default = settings.trl, {"model_name_or_path": DEFAULT_MODEL}
     shared |= {name: trl[name] for name in OF_BOTH_TRAININGS if name in trl and trl[name] != own_default.get(name)}
+    if members := [member.own.output_dir for member in ensemble(settings)[1:]]:
+        shared["reward_ensemble"] = ",".join(members)
     if RLOOKnobs().response_length > settings.own.max_length // 2:
         shared["response_length"] = settings.own.max_length // 2
     words = ["python", "rloo_helpsteer_training.py", "--reward_model_path", settings.own.output_dir]

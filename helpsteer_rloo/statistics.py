@@ -9,9 +9,9 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000
+RESAMPLES, _AT_ONCE = 2000, 100
 Weights = np.ndarray[Any, np.dtype[np.float64]]
-"""How often each observation counts, `[n]`."""
+"""Arrays of floats: how often observations count, in each of some resamples `[R, n]`, and what follows from that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def mean_of_means(strata: Sequence[Sequence[float]]) -> Estimate:
     return Estimate(centre, centre - half, centre + half, count)
 
 
-def bootstrap(statistic: Callable[[Weights], float], clusters: Sequence[Hashable], seed: int = 0) -> Estimate:
+def bootstrap(statistic: Callable[[Weights], Weights], clusters: Sequence[Hashable], seed: int = 0) -> Estimate:
     """A statistic of clustered observations, with the percentile interval of the cluster bootstrap.
 
     Whole clusters (the pairs on one prompt) are drawn with replacement, as many as there are (Davison & Hinkley 1997,
@@ -137,9 +137,9 @@ def bootstrap(statistic: Callable[[Weights], float], clusters: Sequence[Hashable
     left out; with fewer than two clusters there is no interval: it is NaN.
 
     Args:
-        statistic: From the weight of each observation, `[n]`, to a number, NaN if it is undefined. The weights are how
-            often the observation was drawn; all are 1 for the data themselves.
-        clusters: The cluster of each observation.
+        statistic: From the weights of the observations in each of some resamples, `[R, n]`, to its values, `[R]`, NaN
+            where it is undefined. A weight is how often an observation was drawn, 1 for the data themselves.
+        clusters: The cluster of each observation, `[n]`.
         seed: Of the draws.
 
     Raises:
@@ -147,26 +147,27 @@ def bootstrap(statistic: Callable[[Weights], float], clusters: Sequence[Hashable
     """
     if not len(clusters):
         raise ValueError("A statistic of nothing is undefined: there is no observation.")
-    value = statistic(np.ones(len(clusters)))
+    value = float(statistic(np.ones((1, len(clusters))))[0])
     numbers: dict[Hashable, int] = {}
-    place = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
-    number = len(numbers)
-    if number < 2 or math.isnan(value):
+    place_n = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])
+    count = len(numbers)
+    if count < 2 or math.isnan(value):
         return Estimate(value, math.nan, math.nan, len(clusters))
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
-    values = np.array([statistic(draw[place].astype(float)) for draw in draws])
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+    values = np.concatenate([statistic(part[:, place_n]) for part in np.array_split(draws, RESAMPLES // _AT_ONCE)])
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return Estimate(value, float(low), float(high), len(clusters))
 
 
-def weighted_mean(values: Sequence[float] | Weights, weights: Weights) -> float:
-    """The mean of values by weight; NaN where there is no weight."""
-    total = float(weights.sum())
-    return float(weights @ np.asarray(values, dtype=float)) / total if total else math.nan
+def weighted_mean(values: Sequence[float] | Weights, weights: Weights) -> Weights:
+    """The mean of values `[n]` by each of some rows of weights `[R, n]`; NaN where a row has none."""
+    totals = weights.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return np.where(totals > 0, weights @ np.asarray(values, dtype=float) / np.maximum(totals, 1e-300), np.nan)
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def clustered_mean(values: Sequence[float] | Weights, clusters: Sequence[Hashable]) -> Estimate:
     """A mean of clustered observations, with the interval of the cluster bootstrap.
 
     >>> clustered_mean([1.0, 1.0, 1.0], ["a", "a", "b"]).value

@@ -252,6 +252,7 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         **effective_settings(settings),
         "reward_functions": reward_functions_digest(settings.own.reward_functions),
         "reward_model": reward_model_identity(Path(settings.own.reward_model_path)),
+        "ensemble": [reward_model_identity(Path(name)) for name in settings.own.ensemble_members],
         "guard": settings.own.guard_reward_model and reward_model_identity(Path(settings.own.guard_reward_model)),
     }
     return Stage(

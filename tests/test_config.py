@@ -141,6 +141,8 @@ def test_the_seeds_rloo_command_gives_the_documented_settings():
         "cliprange": 0.2,
         "response_length": 512,
         "rollouts_dir": None,
+        "reward_ensemble": None,
+        "score_of_ensemble": "mean",
         "guard_reward_model": None,
         "watch_steps": None,
         "watch_prompts": 128,

@@ -4,9 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from helpsteer_rloo import cli
 from helpsteer_rloo.data.demo import write_rows
+from helpsteer_rloo.model.forward import score_sequences
+from helpsteer_rloo.model.loading import load_reward_model
+from helpsteer_rloo.training.ledger import read_rollouts
+from helpsteer_rloo.training.scorer import EnsembleScorer
 from helpsteer_rloo.training.watch import read_watched
 from tests.test_pipeline import SMALL
 
@@ -69,9 +75,64 @@ def test_nothing_runs_twice_and_another_action_runs_rloo_again(guarded, capsys):
     assert "on_alarm 'rollback' -> 'stop'. These stages run again: rloo, evaluation." in out
 
 
+@pytest.fixture(scope="module")
+def ensemble(tiny_base, tmp_path_factory):
+    """A finished run with two reward models, and its flags."""
+    directory = tmp_path_factory.mktemp("ensemble")
+    write_rows(directory / "rows.jsonl", 0, 260)
+    data = [f"--dataset_name={directory / 'rows.jsonl'}", f"--model_name_or_path={tiny_base}"]
+    run = [f"--output_dir={directory / 'run'}", "--allow_weak_reward_model", "--use_peft", "--reward.ensemble=2"]
+    cli.run_pipeline([*data, *SMALL, *run, "--rloo.score_of_ensemble=worst", "--rloo.logging_steps=1"])
+    return directory / "run", [*data, *SMALL, *run]
+
+
+def test_an_ensemble_has_seeds_of_its_own_and_scores_on_the_policys_base(ensemble):
+    run, _ = ensemble
+    names = ("reward_model", "reward_model_2")
+    records = [json.loads((run / name / "reward_model.json").read_text()) for name in names]
+    assert [record["settings"]["seed"] for record in records] == [42, 43]
+    assert all("heldout" in record for record in records)
+    weights = [load_file(run / name / "adapter_model.safetensors") for name in names]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["rloo"]["shared_base"]
+    assert {"reward_model_2", "reward_model_2_verification"} <= summary["seconds"].keys()
+    assert not [name for name in load_file(run / "policy" / "adapter_model.safetensors") if "reward" in name]
+
+
+def test_the_worst_score_of_an_ensemble_is_what_is_trained_on(ensemble):
+    run, _ = ensemble
+    models = [load_reward_model(run / name)[0] for name in ("reward_model", "reward_model_2")]
+    for entry in read_rollouts(run / "rollouts"):
+        ids = [(*entry.prompt_ids, *entry.completion_ids)]
+        own = [score_sequences(model, ids, 1)[0] for model in models]
+        assert entry.scores["reward_model"] == pytest.approx(min(own), abs=1e-5)
+        assert own[0] != own[1]
+
+
+def test_changes_of_an_ensemble_run_again_what_depends_on_them(ensemble, capsys):
+    _, arguments = ensemble
+    cli.run_pipeline(arguments)  # by the mean now
+    out = capsys.readouterr().out
+    assert "Stage rloo." in out
+    assert "Stage reward_model" not in out
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_an_ensemble_scores_by_mean_or_worst_and_says_how_far_it_is_apart(worst):
+    told = {}
+    scorer = EnsembleScorer([lambda **_: [1.0, 5.0], lambda **_: [3.0, 5.0]], worst=worst)
+    scores = scorer(prompt_ids=[[1]] * 2, completion_ids=[[2]] * 2, log_metric=told.__setitem__)
+    assert scores == ([1.0, 5.0] if worst else [2.0, 5.0])
+    assert told == {"ensemble/disagreement": 0.5}
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--reward.ensemble=0"], "--reward.ensemble is 0; expected at least 1."),
+        (["--reward.ensemble=2", "--rloo.reward_ensemble=x"], "--rloo.reward_ensemble cannot be set with"),
+        (["--rloo.score_of_ensemble=best"], "--rloo.score_of_ensemble is 'best'; expected mean or worst."),
         (["--guard", "--rloo_only"], "--rloo_only trains no guard; give the directory of one"),
         (["--guard", "--reward.half=first"], "--reward.half cannot be set with --guard"),
         (["--guard", "--rloo.guard_reward_model=x"], "--rloo.guard_reward_model cannot be set with --guard"),

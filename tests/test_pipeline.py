@@ -174,7 +174,7 @@ def test_a_directory_that_another_run_works_in_is_refused(command, tmp_path, cap
     assert f"is working on {tmp_path / busy}; wait" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("rest", ["--rloo_only", "--reward_model_only=false"])
+@pytest.mark.parametrize("rest", ["--rloo_only", pytest.param("--reward_model_only=false", marks=pytest.mark.slow)])
 def test_only_the_reward_model_then_the_rest(command, tmp_path, capsys, rest):
     model = tmp_path / "model"
     arguments = [
@@ -391,6 +391,7 @@ def test_a_directory_of_the_users_is_never_touched(command, tmp_path, capsys):
     assert not (tmp_path / "run" / "reward_model").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_another_run_replaced_is_not_taken_for_finished(command, tmp_path, capsys):
     model = tmp_path / "model"
     common = [*command, f"--reward_model_dir={model}", "--reward_model_only", "--allow_weak_reward_model"]

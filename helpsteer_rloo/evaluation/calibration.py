@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 
-from helpsteer_rloo.statistics import Weights, bootstrap, weighted_mean
+from helpsteer_rloo.statistics import Estimate, Weights, bootstrap, clustered_mean
 
 BINS = 10
 TEMPERATURES = (1e-3, 1e3)
@@ -38,13 +38,13 @@ def calibration(margins: Sequence[float], clusters: Sequence[Hashable]) -> dict[
     scaled_n = _cross_fitted(margins_n, clusters)
     return {
         "reliability": reliability(margins_n),
-        "ece": bootstrap(lambda w: _ece(confidence_n, right_n, w), clusters).to_json(),
+        "ece": _ece(confidence_n, right_n, clusters).to_json(),
         "ece_if_calibrated": _ece_by_chance(confidence_n),
-        "brier": bootstrap(lambda w: weighted_mean((1 - expit(margins_n)) ** 2, w), clusters).to_json(),
-        "log_loss": bootstrap(lambda w: weighted_mean(-log_expit(margins_n), w), clusters).to_json(),
+        "brier": clustered_mean((1 - expit(margins_n)) ** 2, clusters).to_json(),
+        "log_loss": clustered_mean(-log_expit(margins_n), clusters).to_json(),
         "temperature": fitted_temperature(margins_n),
-        "log_loss_with_temperature": bootstrap(lambda w: weighted_mean(-log_expit(scaled_n), w), clusters).to_json(),
-        "ece_with_temperature": bootstrap(lambda w: _ece(expit(np.abs(scaled_n)), right_n, w), clusters).to_json(),
+        "log_loss_with_temperature": clustered_mean(-log_expit(scaled_n), clusters).to_json(),
+        "ece_with_temperature": _ece(expit(np.abs(scaled_n)), right_n, clusters).to_json(),
     }
 
 
@@ -90,16 +90,21 @@ def _bins(confidence_n: Weights) -> np.ndarray[Any, Any]:
     return np.minimum(((confidence_n - 0.5) * 2 * BINS).astype(int), BINS - 1)
 
 
-def _ece(confidence_n: Weights, right_n: Weights, weights_n: Weights) -> float:
-    excess = np.bincount(_bins(confidence_n), weights_n * (right_n - confidence_n), BINS)
-    return float(np.abs(excess).sum() / weights_n.sum())
+def _ece(confidence_n: Weights, right_n: Weights, clusters: Sequence[Hashable]) -> Estimate:
+    in_bin_nb = np.eye(BINS)[_bins(confidence_n)]
+    return bootstrap(lambda w: _errors(confidence_n, right_n, in_bin_nb, w), clusters)
+
+
+def _errors(confidence_n: Weights, right_n: Weights, in_bin_nb: Weights, weights_rn: Weights) -> Weights:
+    """The calibration error by each row of weights."""
+    excess_rb = (weights_rn * (right_n - confidence_n)) @ in_bin_nb
+    return np.abs(excess_rb).sum(axis=1) / weights_rn.sum(axis=1)
 
 
 def _ece_by_chance(confidence_n: Weights) -> float:
-    rng = np.random.default_rng(0)
-    ones = np.ones(len(confidence_n))
-    drawn = (rng.random((_SIMULATIONS, len(confidence_n))) < confidence_n).astype(float)
-    return float(np.mean([_ece(confidence_n, right_n, ones) for right_n in drawn]))
+    drawn_sn = np.random.default_rng(0).random((_SIMULATIONS, len(confidence_n))) < confidence_n
+    excess_sb = (drawn_sn - confidence_n) @ np.eye(BINS)[_bins(confidence_n)]
+    return float(np.abs(excess_sb).sum(axis=1).mean() / len(confidence_n))
 
 
 def _cross_fitted(margins_n: Weights, clusters: Sequence[Hashable]) -> Weights:

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from helpsteer_rloo.groups import Preference
 from helpsteer_rloo.statistics import Weights, bootstrap, proportion, weighted_mean
@@ -43,18 +43,18 @@ def label_ceiling(preferences: Sequence[Preference], clusters: Sequence[Hashable
     }
 
 
-def _accuracy(means_n: Weights, counts_n: Weights, noise_n: Weights, weights_n: Weights) -> float:
-    """The mean probability that a label's side, the positive one, is the true one."""
-    error_n = weighted_mean(noise_n, weights_n) / counts_n
-    spread = weighted_mean(means_n**2 - error_n, weights_n)
-    if spread <= 0:  # annotators agree no more than chance would have it
-        return 0.5
-    shrink_n = spread / (spread + error_n)
-    deviation_n = np.sqrt(spread * (1 - shrink_n))
+def _accuracy(means_n: Weights, counts_n: Weights, noise_n: Weights, weights_rn: Weights) -> Weights:
+    """The mean probability that a label's side, the positive one, is the true one, by each row of weights."""
+    error_rn = weighted_mean(noise_n, weights_rn)[:, None] / counts_n
+    totals_r = weights_rn.sum(axis=1)
+    spread_r1 = ((weights_rn * (means_n**2 - error_rn)).sum(axis=1) / totals_r)[:, None]
     sure_n = np.where(means_n > 0, 1.0, np.where(means_n < 0, 0.0, 0.5))
     with np.errstate(divide="ignore", invalid="ignore"):
-        right_n = np.where(deviation_n > 0, norm.cdf(shrink_n * means_n / deviation_n), sure_n)
-    return weighted_mean(right_n, weights_n)
+        shrink_rn = spread_r1 / (spread_r1 + error_rn)
+        deviation_rn = np.sqrt(spread_r1 * (1 - shrink_rn))
+        right_rn = np.where(deviation_rn > 0, ndtr(shrink_rn * means_n / deviation_rn), sure_n)
+    right_rn = np.where(spread_r1 > 0, right_rn, 0.5)  # else annotators agree no more than chance would have it
+    return (weights_rn * right_rn).sum(axis=1) / totals_r
 
 
 def most_certain(margins: Sequence[float], clusters: Sequence[Hashable]) -> dict[str, Any]:

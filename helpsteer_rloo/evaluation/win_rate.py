@@ -33,7 +33,11 @@ def length_controlled_win_rate(changes: Sequence[float], longer: Sequence[int]) 
     if deviation == 0:  # the change of length is the same everywhere, so that nothing tells its effect
         return win_rate(changes)
     design_n2 = np.stack([np.ones(len(wins_n)), np.tanh(longer_n / deviation)], axis=1)
-    return bootstrap(lambda weights: float(expit(_fitted(design_n2, wins_n, weights)[0])), range(len(wins_n)))
+
+    def controlled(weights_rn: Weights) -> Weights:
+        return expit(np.array([_fitted(design_n2, wins_n, weights_n)[0] for weights_n in weights_rn]))
+
+    return bootstrap(controlled, range(len(wins_n)))
 
 
 def _wins(changes: Sequence[float]) -> Weights:

@@ -24,7 +24,7 @@ from helpsteer_rloo.model.forward import base_model, score_groups
 from helpsteer_rloo.model.loading import Base, load_reward_model, read_reward_record
 
 REWARD_ADAPTER, GUARD_ADAPTER = "reward", "guard"
-_SCORING_ADAPTERS = (REWARD_ADAPTER, GUARD_ADAPTER)
+"""Names of adapters that score; those of an ensemble are `reward-2`, `reward-3`, …"""
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HEAD_WEIGHT = "base_model.model.score.weight"
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -141,16 +141,20 @@ def load_own_reward(directory: str | Path) -> RewardRole:
 @contextmanager
 def without_reward(model: nn.Module) -> Generator[None]:
     """Let a model save every adapter but the reward models', so that a checkpoint of the policy holds it alone."""
-    if not isinstance(model, PeftModel) or not set(_SCORING_ADAPTERS) & model.peft_config.keys():
+    saved = [n for n in model.peft_config if not _scores(n)] if isinstance(model, PeftModel) else []
+    if not isinstance(model, PeftModel) or len(saved) == len(model.peft_config):
         yield
         return
-    saved = [name for name in model.peft_config if name not in _SCORING_ADAPTERS]
     instance = cast(Any, model)  # a trainer calls its `save_pretrained` without a choice of adapters
     instance.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=saved)
     try:
         yield
     finally:
         del instance.save_pretrained
+
+
+def _scores(adapter: str) -> bool:
+    return adapter in (REWARD_ADAPTER, GUARD_ADAPTER) or adapter.startswith(f"{REWARD_ADAPTER}-")
 
 
 @contextmanager

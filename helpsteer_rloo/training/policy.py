@@ -18,7 +18,7 @@ from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
 from helpsteer_rloo.knobs import RLOOKnobs
 from helpsteer_rloo.model.loading import Base, read_reward_record
-from helpsteer_rloo.model.roles import GUARD_ADAPTER
+from helpsteer_rloo.model.roles import GUARD_ADAPTER, REWARD_ADAPTER
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
@@ -26,7 +26,7 @@ from helpsteer_rloo.reward_record import read_heldout_prompts
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.running import save_final, train_to_the_end
-from helpsteer_rloo.training.scorer import RewardModelScorer
+from helpsteer_rloo.training.scorer import EnsembleScorer, RewardModelScorer
 from helpsteer_rloo.training.trl_configs import build_args, build_model_setup
 from helpsteer_rloo.training.watch import PolicyWatch, WatchRules
 
@@ -60,19 +60,21 @@ def train_policy(
     watched, groups = _set_apart(groups, own.watch_prompts if own.watched else 0, counts)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
     args.model_init_kwargs = setup.init_kwargs
-    scorer = RewardModelScorer(
-        None, batch_size=own.local_rollout_forward_batch_size, max_length=record["rendering"]["max_length"]
-    )
+    scorers = [_scorer(own, directory, tokenizer) for directory in (own.reward_model_path, *own.ensemble_members)]
+    reward = EnsembleScorer(scorers, worst=own.score_of_ensemble == "worst") if own.ensemble_members else scorers[0]
     trainer = RLOOTrainer(
         model=setup.base.name,
-        reward_funcs=[scorer, *load_reward_functions(own.reward_functions)],
+        reward_funcs=[reward, *load_reward_functions(own.reward_functions)],
         args=args,
         train_dataset=_prompt_dataset(groups),
         processing_class=tokenizer,
         quantization_config=setup.quantization,
         peft_config=setup.peft,
     )
-    scorer.role = trainer.reward_role(own.reward_model_path, setup.base)
+    for number, scorer in enumerate(scorers, start=1):
+        directory = own.reward_model_path if number == 1 else own.ensemble_members[number - 2]
+        name = REWARD_ADAPTER if number == 1 else f"{REWARD_ADAPTER}-{number}"
+        scorer.role = trainer.reward_role(directory, setup.base, name)
     watch = _watch(trainer, settings, setup.base, watched) if watched else None
     bad_steps = _train(trainer, own, watch)
     save_final(trainer)
@@ -83,10 +85,18 @@ def train_policy(
         "prompts": dict(counts),
         "base": asdict(setup.base),
         "adapter": setup.peft is not None,
-        "shared_base": scorer.role.adapter is not None,
+        "shared_base": all(scorer.role and scorer.role.adapter is not None for scorer in scorers),
         "last_metrics": _last_metrics(trainer.state.log_history),
         **({"watch": watch.summary()} if watch else {}),
     }
+
+
+def _scorer(own: RLOOKnobs, directory: str, tokenizer: PreTrainedTokenizerBase) -> RewardModelScorer:
+    """The scorer of a trained reward model, which has none yet."""
+    record = read_reward_record(directory)
+    check_rendering(own, record, tokenizer, directory)
+    limit = record["rendering"]["max_length"]
+    return RewardModelScorer(None, batch_size=own.local_rollout_forward_batch_size, max_length=limit)
 
 
 def _watch(
@@ -98,11 +108,8 @@ def _watch(
     """What watches the policy on its own prompts, with the guard if there is one."""
     own, guard = settings.own, None
     if own.guard_reward_model is not None:
-        record = read_reward_record(own.guard_reward_model)
-        check_rendering(own, record, cast(PreTrainedTokenizerBase, trainer.processing_class), own.guard_reward_model)
-        role = trainer.reward_role(own.guard_reward_model, base, GUARD_ADAPTER)
-        limit = record["rendering"]["max_length"]
-        guard = RewardModelScorer(role, batch_size=own.local_rollout_forward_batch_size, max_length=limit)
+        guard = _scorer(own, own.guard_reward_model, cast(PreTrainedTokenizerBase, trainer.processing_class))
+        guard.role = trainer.reward_role(own.guard_reward_model, base, GUARD_ADAPTER)
     steps = own.watch_steps or int(settings.trl["save_steps"])
     rules = WatchRules(steps, own.on_alarm, own.max_kl)
     watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / "watch")

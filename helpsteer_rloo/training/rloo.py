@@ -248,6 +248,8 @@ class RLOOTrainer(SamplingRLOOTrainer):
             ended=[c.ended for c in drawn],
         )
         scores = self._scores([{"prompt": prompt} for prompt in prompts], rollout)
+        for pending in (self._pending_extra_logs, self._pending_metrics):
+            pending.clear()  # what reward functions say of completions that are not a batch's
         return self._local(scores.score_B - self._rule.penalties(scores)).tolist()
 
     def summed_log_probs(self, groups: Sequence[TokenGroup], model: Any = None) -> list[float]:

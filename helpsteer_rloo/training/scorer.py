@@ -1,7 +1,8 @@
 """A trained reward model as a reward function for RLOO: it scores the very ids that were sampled."""
 
 import itertools
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,3 +55,26 @@ class RewardModelScorer:
         whole = max(self.batch_size, *(len(group.continuation_ids) for group in groups))  # cut, it would cost more
         scored = self._at_once.run(partial(self.role.score, groups), whole, 1)
         return [score for scores in scored for score in scores]
+
+
+class EnsembleScorer:
+    """Several reward models that score together: by their mean, or by the lowest (Coste et al. 2023, arXiv 2310.02743).
+
+    How far they are apart, the standard deviation over the models, is logged as `ensemble/disagreement`, its mean over
+    the completions: it grows where a policy leaves what the models have learned.
+
+    Args:
+        members: Two or more.
+        worst: Whether the lowest score counts, instead of the mean.
+    """
+
+    def __init__(self, members: Sequence[RewardModelScorer], *, worst: bool) -> None:
+        self.members, self._worst = list(members), worst
+        self.__name__ = MODEL_REWARD
+
+    def __call__(self, *, log_metric: Callable[[str, float], None] | None = None, **given: Any) -> list[float]:
+        """One score a completion, in the order given; the arguments are those of `RewardModelScorer`."""
+        scores = list(zip(*(member(**given) for member in self.members), strict=True))
+        if log_metric is not None and scores:
+            log_metric("ensemble/disagreement", statistics.fmean(map(statistics.pstdev, scores)))
+        return [min(own) if self._worst else statistics.fmean(own) for own in scores]

@@ -92,10 +92,10 @@ def test_reliability_and_ece_by_hand():
 @pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
 def test_the_temperature_of_drawn_labels_is_found(true):
     rng = np.random.default_rng(3)
-    margins = rng.normal(0, 2 * true, 6000)
-    labels = np.where(rng.random(6000) < expit(margins / true), 1, -1)
+    margins = rng.normal(0, 2 * true, 3000)
+    labels = np.where(rng.random(3000) < expit(margins / true), 1, -1)
     assert fitted_temperature(margins * labels) == pytest.approx(true, rel=0.1)
-    found = calibration((margins * labels).tolist(), range(6000))
+    found = calibration((margins * labels).tolist(), range(3000))
     assert found["log_loss_with_temperature"]["value"] <= found["log_loss"]["value"] + 1e-3
     assert found["ece_with_temperature"]["value"] < 0.03
     if true == 1.0:

@@ -12,7 +12,7 @@ def test_a_tie_is_half_a_win():
     assert win_rate([1.0, 0.0, -1.0, 2.0]).value == 0.625
 
 
-def drawn(rng, advantage, by_length, shift, count=3000):
+def drawn(rng, advantage, by_length, shift, count=2000):
     longer = rng.normal(shift, 10, count).round()
     won = rng.random(count) < expit(advantage + by_length * np.tanh(longer / longer.std()))
     return np.where(won, 1.0, -1.0).tolist(), longer.astype(int).tolist()

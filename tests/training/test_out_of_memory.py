@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from helpsteer_rloo.model.forward import base_model, body_of
 from helpsteer_rloo.model.memory import AtOnce
 from helpsteer_rloo.model.roles import RewardRole
-from helpsteer_rloo.training import rloo
+from helpsteer_rloo.training import rloo_sampling
 from helpsteer_rloo.training.ledger import read_rollouts
 from helpsteer_rloo.training.reward import RewardConfig, RewardTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
@@ -130,7 +130,7 @@ def test_a_single_prompt_that_is_too_large_is_an_error_that_says_what_to_lower(t
 
 def test_sampling_and_scoring_go_on_with_fewer_sequences(tiny_base, tokenizer, tmp_path, monkeypatch):
     sampled, scored = [], []
-    real_sample, real_score = rloo.sample_groups, RewardRole.score
+    real_sample, real_score = rloo_sampling.sample_groups, RewardRole.score
 
     def sample_few(*args, rows, **kwargs):
         sampled.append(rows)
@@ -154,7 +154,7 @@ def test_sampling_and_scoring_go_on_with_fewer_sequences(tiny_base, tokenizer, t
         return [(entry.completion_ids, entry.score) for entry in read_rollouts(tmp_path / name)]
 
     prepared("whole").train()
-    monkeypatch.setattr(rloo, "sample_groups", sample_few)
+    monkeypatch.setattr(rloo_sampling, "sample_groups", sample_few)
     monkeypatch.setattr(RewardRole, "score", score_few)
     few = prepared("few")
     with pytest.warns(UserWarning, match="ran out of memory: going on with"):
