@@ -23,15 +23,15 @@ class Watched:
     """The policy at one optimizer step, on the same prompts with the same seeds at every step.
 
     Of each prompt's completion: `reward` as it is trained against, penalties taken off but not KL (None where no source
-    gave one), `guard` by the reward model that it is not trained against, `kl` from the reference in nats
-    (log-probability under the policy less that under the reference, summed over tokens), `surprise` (the negative
-    log-probability under the policy, summed; its mean a token estimates the entropy), `length` in tokens, and whether
-    it `ended` by itself.
+    gave one), `guard` by the reward model that it is not trained against, penalties taken off too, `kl` from the
+    reference in nats (log-probability under the policy less that under the reference, summed over tokens), `surprise`
+    (the negative log-probability under the policy, summed; its mean a token estimates the entropy), `length` in tokens,
+    and whether it `ended` by itself.
     """
 
     step: int
     reward: tuple[float | None, ...]
-    guard: tuple[float, ...] | None
+    guard: tuple[float | None, ...] | None
     kl: tuple[float, ...]
     surprise: tuple[float, ...]
     length: tuple[int, ...]
@@ -83,9 +83,17 @@ class Alarm:
     acts: bool
 
 
-def best_of(history: Sequence[Watched]) -> Watched:
-    """The step with the best merit, the earliest of equal ones."""
-    return max(history, key=lambda seen: (seen.merit, -seen.step))
+def best_of(history: Sequence[Watched], max_kl: float | None = None) -> Watched:
+    """The step with the best merit, the earliest of equals; of those that are not over a limit of KL, if there are any.
+
+    A step without any score is the worst.
+    """
+    within = [seen for seen in history if max_kl is None or not _is_over(seen, max_kl)] or history
+    return max(within, key=lambda seen: (-math.inf if math.isnan(seen.merit) else seen.merit, -seen.step))
+
+
+def _is_over(seen: Watched, max_kl: float) -> bool:
+    return mean(seen.kl).low > max_kl
 
 
 def alarms(history: Sequence[Watched], max_kl: float | None = None) -> list[Alarm]:
@@ -108,7 +116,7 @@ def alarms(history: Sequence[Watched], max_kl: float | None = None) -> list[Alar
             )
             found.append(Alarm("overoptimization", now.step, sentence, acts=True))
     kl = mean(now.kl)
-    if max_kl is not None and kl.low > max_kl:
+    if max_kl is not None and _is_over(now, max_kl):
         sentence = f"The KL from the reference is {kl.value:.2f} [{kl.low:.2f}, {kl.high:.2f}] nats, over {max_kl:g}."
         found.append(Alarm("kl", now.step, sentence, acts=True))
     ratio = now.mean_length / max(start.mean_length, 1e-9)

@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from helpsteer_rloo.config import PipelineSettings, Settings, flags_named_of
-from helpsteer_rloo.knobs import RLOOKnobs
+from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
+from helpsteer_rloo.knobs import RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
 from helpsteer_rloo.reward_record import DTYPES
@@ -80,6 +80,7 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
     if settings.trl.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise ValueError("--use_vllm needs the package vllm, which is not installed here: pip install vllm.")
     _check_clip_range(settings.trl.get("reward_clip_range"))
+    _check_watch(settings)
     own, trl, processes = settings.own, settings.trl, process_count()
     load_reward_functions(own.reward_functions)
     check_reward_weights(own.reward_functions, cast(Any, trl.get("reward_weights")))
@@ -91,6 +92,60 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
             f"x {own.num_mini_batches} mini-batches x {processes} processes), which is no multiple of --rloo_k "
             f"{own.rloo_k}: change one of them, so that every prompt gets all of its samples."
         )
+
+
+def _check_watch(settings: Settings[RLOOKnobs]) -> None:
+    """Check that what is watched can be, and that no setting of the watch or of an ensemble is without effect."""
+    own, processes = settings.own, process_count()
+    if not own.watched and own.on_alarm != "rollback":
+        raise ValueError("--on_alarm has no effect without --guard_reward_model, --watch_steps or --max_kl.")
+    if own.score_of_ensemble != "mean" and not own.ensemble_members:
+        raise ValueError("--score_of_ensemble has no effect without --reward_ensemble.")
+    if not own.watched:
+        return
+    if own.watch_prompts < 2 * processes:
+        raise ValueError(f"--watch_prompts is {own.watch_prompts}; expected at least {2 * processes}, two a process.")
+    if own.engine == "trl":
+        raise ValueError("--engine trl leaves passes to TRL, which cannot watch the policy with --guard or --max_kl.")
+    if own.kl_coef == 0 and not settings.trl.get("use_peft"):
+        raise ValueError(
+            "--kl_coef 0 without --use_peft leaves no reference to measure KL from, which watching the policy needs: "
+            "give a small --kl_coef."
+        )
+
+
+def check_reward(settings: Settings[RewardKnobs]) -> None:
+    """Check the flags of reward training, and of each reward model of an ensemble, besides `check_training`.
+
+    Raises:
+        ValueError: one is out of range, or two do not go together.
+    """
+    for member in ensemble(settings):
+        check_training(member)
+    require_apart([member.own.output_dir for member in ensemble(settings)])
+    trl = settings.trl
+    if settings.own.early_stopping_patience is None:
+        return
+    if trl.get("load_best_model_at_end") is False:
+        raise ValueError("--early_stopping_patience ends with the best checkpoint: leave out --load_best_model_at_end.")
+    if trl.get("eval_strategy", "steps") != "steps" or trl.get("eval_steps", trl["save_steps"]) != trl["save_steps"]:
+        raise ValueError(
+            "--early_stopping_patience looks at the loss where a checkpoint is saved: --eval_strategy steps, and "
+            f"--eval_steps as --save_steps ({trl['save_steps']})."
+        )
+
+
+def require_apart(directories: Sequence[str]) -> None:
+    """Check that no directory is another one, or lies in another one.
+
+    Raises:
+        ValueError: two are not apart.
+    """
+    paths = [Path(directory).resolve() for directory in directories]
+    for place, path in enumerate(paths):
+        for other in paths[place + 1 :]:
+            if path == other or path in other.parents or other in path.parents:
+                raise ValueError(f"{path} and {other} need to be directories apart from each other.")
 
 
 def _check_clip_range(given: Any) -> None:
@@ -107,7 +162,9 @@ def check_pipeline(settings: PipelineSettings) -> None:
     """
     own = settings.own
     with flags_named_of("reward"):
-        check_training(settings.reward)
+        check_reward(settings.reward)
+        if settings.guard:
+            check_training(settings.guard)
     with flags_named_of("rloo"):
         check_rloo(settings.rloo)
     for name in ("evaluation_prompts", "evaluation_batch_size"):
@@ -118,14 +175,22 @@ def check_pipeline(settings: PipelineSettings) -> None:
             prompt_room(settings.reward.own.max_length, settings.rloo.own.response_length)
     if own.thinking != settings.reward.own.thinking:
         raise ValueError("--reward.thinking cannot differ from --thinking: both stages must render prompts alike.")
-    reward, policy = (Path(stage.own.output_dir).resolve() for stage in (settings.reward, settings.rloo))
+    _check_directories(settings)
+
+
+def _check_directories(settings: PipelineSettings) -> None:
+    """Check that what a run makes lies apart, its record beside or around it."""
+    if settings.own.guard_dir is not None and not settings.own.guard:
+        raise ValueError("--guard_dir has no effect without --guard.")
+    made = [settings.rloo.own.output_dir, *(member.own.output_dir for member in ensemble(settings.reward))]
+    made += [settings.guard.own.output_dir] if settings.guard else []
+    require_apart(made)
     run = Path(settings.run_dir).resolve()
-    if reward == policy or reward in policy.parents or policy in reward.parents:
-        raise ValueError(
-            f"The reward model ({reward}) and the policy ({policy}) need directories apart from each other."
-        )
-    if run in (reward, policy) or reward in run.parents or policy in run.parents:
-        raise ValueError(f"The record of the run ({run}) must not lie in the directory of the reward model or policy.")
+    for path in (Path(directory).resolve() for directory in made):
+        if run == path or path in run.parents:
+            raise ValueError(
+                f"The record of the run ({run}) must not lie in the directory of a reward model or the policy ({path})."
+            )
 
 
 def prompt_room(max_length: int, response_length: int) -> int:

@@ -62,11 +62,11 @@ def _usage() -> str:
 
 def train_reward_model(argv: list[str] | None = None) -> None:
     """`reward_model_training.py`."""
-    from helpsteer_rloo.checks import check_training
+    from helpsteer_rloo.checks import check_reward
     from helpsteer_rloo.config import REWARD
     from helpsteer_rloo.parsing import parse_command
 
-    settings = parse_command(REWARD, argv, checks=[check_training])
+    settings = parse_command(REWARD, argv, checks=[check_reward])
 
     def work() -> None:
         from helpsteer_rloo.pipeline import run_reward_model

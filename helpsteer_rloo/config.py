@@ -5,6 +5,7 @@ import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from helpsteer_rloo.flags import Flag, FlagValue, own_flags, trl_flags, unknown_name
@@ -206,6 +207,24 @@ def flags_named_of(stage: Literal["reward", "rloo"]) -> Generator[None]:
         yield
     except ValueError as error:
         raise ValueError(re.sub(r"--(\w+)\b(?!\.)", of_stage, str(error))) from None
+
+
+DEFAULT_SEED = 42
+"""transformers' own."""
+
+
+def ensemble(settings: Settings[RewardKnobs]) -> list[Settings[RewardKnobs]]:
+    """The settings of each reward model of an ensemble: directories and seeds of their own."""
+    own, members = settings.own, [settings]
+    for number in range(2, own.ensemble + 1):
+        trl = {**settings.trl, "seed": seed_of(settings) + number - 1}
+        members.append(Settings(dataclasses.replace(own, output_dir=f"{Path(own.output_dir)}_{number}"), trl))
+    return members
+
+
+def seed_of(settings: Settings[Any]) -> int:
+    """The seed of a training."""
+    return int(settings.trl.get("seed", DEFAULT_SEED))
 
 
 @dataclass(frozen=True)

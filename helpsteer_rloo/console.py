@@ -102,7 +102,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
             _interval(policy["win_rate_interval"]),
         )
         for name, key in _WIN_RATES.items():
-            if key in policy:
+            if policy.get(key):
                 table.add_row(f"policy: {name}", f"{policy[key]['value']:.3f}", _interval(policy[key]["interval"]))
         best = policy.get("best_of_n", {}).get("at_the_policys_kl", {})
         for name in ("reward", "guard", "gold"):

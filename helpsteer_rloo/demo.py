@@ -33,11 +33,13 @@ def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
     parser.add_argument("--seed", type=int, help="seed of the world and of every stage (default: the file's)")
     parser.add_argument("--output_dir", help="directory of everything the demo makes (default: the file's)")
     parser.add_argument("--engine", choices=("packed", "trl"), help="of both stages; trl is TRL's own, for comparison")
+    parser.add_argument("--guard", choices=("true", "false"), help="whether to watch the policy (default: the file's)")
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest:
         unknown = rest[0].partition("=")[0].removeprefix("--")
         parser.exit(2, f"helpsteer-rloo demo: {unknown_name(unknown, list(vars(args)), 'flag')}\n")
     given: dict[str, Any] = {"seed": args.seed, "output_dir": args.output_dir, "engine": args.engine}
+    given |= {"guard": None if args.guard is None else args.guard == "true"}
     given = {key: value for key, value in given.items() if value is not None}
     try:
         return demo_settings(read_yaml(Path(args.config)), given, source=args.config)
@@ -60,6 +62,10 @@ def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: 
     rows = _value(_ROWS, world.get("rows", 8000), f"{source}: demo")
     shape = {key: _value(flags[key], value, f"{source}: demo: base") for key, value in base.items()}
     rest = {key: value for key, value in content.items() if key != "demo"}
+    if given.get("engine") == "trl":  # whose passes cannot be watched
+        given = {**given, "guard": False}
+    if given.get("guard") is False:
+        rest["rloo"] = {key: value for key, value in (rest.get("rloo") or {}).items() if key != "watch_steps"}
     directory = given.get("output_dir") or rest.get("output_dir") or "runs/demo"
     paths = {
         "output_dir": directory,

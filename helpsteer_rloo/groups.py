@@ -55,6 +55,7 @@ class Preference:
     data set, so that a number can be traced to its source; `domain` and `language` are that row's, and
     `chosen_response` says which of its responses, 1 or 2, is the chosen one. `annotators` holds the scores of the
     single annotators, from 3 (the chosen one is much better) to -3 (the rejected one is), where the data set has them.
+    `first_row` is the first row on the same prompt, which groups pairs whose prompts were cut differently.
 
     >>> Preference(chosen=0, rejected=1, strength=2, row=17, domain="general", language="english").strength
     2
@@ -68,6 +69,7 @@ class Preference:
     language: str
     chosen_response: int = 1
     annotators: tuple[int, ...] = ()
+    first_row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

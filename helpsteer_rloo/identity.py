@@ -1,12 +1,13 @@
 """What decides the result of a stage, as its key names it: settings that have an effect, and digests of models."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.config import Settings
-from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.knobs import DataKnobs, RLOOKnobs
 from helpsteer_rloo.processes import launched_precision, process_count
 from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, read_json
 
@@ -33,6 +34,10 @@ def effective_settings(settings: Settings[Any]) -> dict[str, Any]:
     best = described.get("load_best_model_at_end") or described.get("early_stopping_patience")
     left_out = _WITHOUT_EFFECT + (() if best else _OF_THE_BEST)
     kept = {k: v for k, v in described.items() if not k.startswith(left_out) and k not in data}
+    for name in _unused(settings):
+        kept.pop(name, None)
+    if getattr(settings.own, "watched", False):
+        kept["watch_steps"] = settings.own.watch_steps or described["save_steps"]
     per_device, passes = described["per_device_train_batch_size"], described["gradient_accumulation_steps"]
     return {
         **kept,
@@ -40,6 +45,15 @@ def effective_settings(settings: Settings[Any]) -> dict[str, Any]:
         "batch_of_a_step": int(per_device) * int(passes) * process_count(),
         "mixed_precision": launched_precision(),
     }
+
+
+def _unused(settings: Settings[Any]) -> Sequence[str]:
+    """Knobs of RLOO that have no effect beside its other ones."""
+    own = settings.own
+    if not isinstance(own, RLOOKnobs):
+        return ()
+    unwatched = () if own.watched else ("watch_steps", "watch_prompts", "on_alarm", "max_kl")
+    return (*unwatched, *(() if own.ensemble_members else ("score_of_ensemble",)))
 
 
 def model_identity(name: str) -> str:

@@ -1,5 +1,6 @@
 """`helpsteer-rloo evaluate` without a benchmark: a reward model on held-out pairs, and several side by side."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ def run_judgement(own: JudgeKnobs) -> None:
     if len(set(names)) < len(names):
         raise ValueError("--compare_with names a reward model twice; give each once.")
     heldout = set.intersection(*(read_heldout_prompts(name) for name in names if _checked(own, name)))
+    if not heldout:
+        raise ValueError("No prompt was held out from all of these reward models, so they cannot be compared fairly.")
     judgements: dict[str, Sequence[Judgement]] = {}
     results: dict[str, Any] = {}
     for name in names:
@@ -82,7 +85,10 @@ def _judged(own: JudgeKnobs, directory: str, heldout: set[str]) -> "tuple[list[J
 
     record = _checked(own, directory)
     renderer = own_renderer(directory, record, "--reward_model_dir", trusted=own.trust_remote_code)
-    knobs = data_knobs(own, directory, record)
+    first = str(own.reward_model_dir)  # whose data all are judged on
+    knobs = data_knobs(own, first, _checked(own, first))
+    longest = own.max_length or record["rendering"]["max_length"]
+    knobs = dataclasses.replace(knobs, thinking=record["thinking"], max_length=longest)
     groups, counts = heldout_pairs(knobs, renderer, heldout)
     pairs = sum(len(group.preferences) for group in groups)
     say(f"{directory}: {pairs} pairs on {len(groups)} prompts of {knobs.dataset_name}.")
@@ -115,7 +121,6 @@ def own_renderer(directory: str, record: dict[str, Any], flag: str, *, trusted: 
 def data_knobs(own: JudgeKnobs, directory: str, record: dict[str, Any]) -> DataKnobs:
     """How data are read: as in the reward model's training, but for what the command line says otherwise."""
     values = _trained_with(directory, record)
-    values |= {"thinking": record["thinking"], "max_length": own.max_length or record["rendering"]["max_length"]}
     given = {name: getattr(own, name) for name in ("dataset_name", "language", "domains", "skip_bad_rows")}
     values |= {name: value for name, value in given.items() if value is not None}
     if own.dataset_name is not None:

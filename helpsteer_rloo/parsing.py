@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.checks import check_pipeline
-from helpsteer_rloo.config import PIPELINE, SECTIONS, CommandSpec, Knobs, PipelineSettings, Settings, flags_named_of
+from helpsteer_rloo.config import (
+    PIPELINE,
+    SECTIONS,
+    CommandSpec,
+    Knobs,
+    PipelineSettings,
+    Settings,
+    ensemble,
+    flags_named_of,
+    seed_of,
+)
 from helpsteer_rloo.flags import FlagParser, FlagValue, read_yaml
-from helpsteer_rloo.knobs import DEFAULT_POLICY_DIR, DEFAULT_REWARD_MODEL_DIR, DataKnobs, PipelineKnobs, RewardKnobs
-
-DEFAULT_SEED = 42
-"""transformers' own."""
+from helpsteer_rloo.knobs import DEFAULT_POLICY_DIR, DEFAULT_REWARD_MODEL_DIR, DataKnobs, PipelineKnobs
 
 
 def parse_command(
@@ -92,23 +99,14 @@ def pipeline_settings(
 
 
 def _with_ensemble(settings: PipelineSettings) -> PipelineSettings:
-    """RLOO against all reward models that the run trains."""
+    """RLOO against all reward models of the ensemble."""
     members = [str(member.own.output_dir) for member in ensemble(settings.reward)[1:]]
-    if not members or settings.own.rloo_only:
+    if not members:
         return settings
     if settings.rloo.own.reward_ensemble:
         raise ValueError("--rloo.reward_ensemble cannot be set with --reward.ensemble, which decides it.")
     own = dataclasses.replace(settings.rloo.own, reward_ensemble=",".join(members))
     return dataclasses.replace(settings, rloo=Settings(own, settings.rloo.trl))
-
-
-def ensemble(settings: Settings[RewardKnobs]) -> list[Settings[RewardKnobs]]:
-    """The settings of each reward model of an ensemble: directories and seeds of their own."""
-    own, members = settings.own, [settings]
-    for number in range(2, own.ensemble + 1):
-        trl = {**settings.trl, "seed": int(settings.trl.get("seed", DEFAULT_SEED)) + number - 1}
-        members.append(Settings(dataclasses.replace(own, output_dir=f"{own.output_dir}_{number}"), trl))
-    return members
 
 
 def _with_guard(settings: PipelineSettings) -> PipelineSettings:
@@ -121,7 +119,7 @@ def _with_guard(settings: PipelineSettings) -> PipelineSettings:
         if given:
             raise ValueError(f"--{flag} cannot be set with --guard, which decides it.")
     directory = own.guard_dir or (
-        f"{own.output_dir}/guard_model" if own.output_dir else f"{reward.own.output_dir}_guard"
+        f"{own.output_dir}/guard_model" if own.output_dir else f"{Path(reward.own.output_dir)}_guard"
     )
     return PipelineSettings(
         own,
@@ -129,7 +127,7 @@ def _with_guard(settings: PipelineSettings) -> PipelineSettings:
         Settings(dataclasses.replace(rloo.own, guard_reward_model=directory), rloo.trl),
         Settings(
             dataclasses.replace(reward.own, half="second", output_dir=directory, ensemble=1),
-            {**reward.trl, "seed": int(reward.trl["seed"]) + reward.own.ensemble},
+            {**reward.trl, "seed": seed_of(reward) + reward.own.ensemble},
         ),
     )
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.checks import prompt_room
-from helpsteer_rloo.config import PipelineSettings, Settings, flags_named_of
+from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
 from helpsteer_rloo.console import results_table, say, show
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
-from helpsteer_rloo.parsing import ensemble
 from helpsteer_rloo.processes import is_main_process, process_count
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model
@@ -105,7 +104,11 @@ def _check_others(
     given |= {} if own_members else dict.fromkeys(settings.own.ensemble_members, "--reward_ensemble")
     for directory, flag in given.items():
         trusted = bool(settings.trl.get("trust_remote_code"))
-        limit = check_reward_model(directory, flag, trusted=trusted)["rendering"]["max_length"]
+        record = check_reward_model(directory, flag, trusted=trusted)
+        limit = record["rendering"]["max_length"]
+        if record["thinking"] != settings.own.thinking:
+            mode = "with" if record["thinking"] else "without"
+            raise ValueError(f"{flag} {directory} was trained {mode} --thinking; give one that was trained alike.")
         if limit < longest:
             raise ValueError(
                 f"{flag} {directory} was trained on at most {limit} tokens, the reward model on {longest}: give one "
@@ -133,7 +136,8 @@ def run_pipeline(
         longest = settings.reward.own.max_length
         if own.rloo_only:
             longest = _check_reward_model(settings.rloo, "--reward_model_dir")
-        _check_others(settings.rloo, longest, own_guard=settings.guard is not None, own_members=not own.rloo_only)
+        own_members = settings.reward.own.ensemble > 1 and not own.rloo_only
+        _check_others(settings.rloo, longest, own_guard=settings.guard is not None, own_members=own_members)
     made = [] if own.rloo_only else [member.own.output_dir for member in ensemble(settings.reward)]
     made += [settings.guard.own.output_dir] if settings.guard else []
     made += [] if own.reward_model_only else [settings.rloo.own.output_dir]

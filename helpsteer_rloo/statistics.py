@@ -153,8 +153,13 @@ def bootstrap(statistic: Callable[[Weights], Weights], clusters: Sequence[Hashab
     count = len(numbers)
     if count < 2 or math.isnan(value):
         return Estimate(value, math.nan, math.nan, len(clusters))
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
-    values = np.concatenate([statistic(part[:, place_n]) for part in np.array_split(draws, RESAMPLES // _AT_ONCE)])
+    rng, shares = np.random.default_rng(seed), np.full(count, 1 / count)
+    values = np.concatenate(
+        [
+            statistic(rng.multinomial(count, shares, size=_AT_ONCE).astype(float)[:, place_n])
+            for _ in range(RESAMPLES // _AT_ONCE)
+        ]
+    )
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return Estimate(value, float(low), float(high), len(clusters))

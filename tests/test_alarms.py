@@ -72,6 +72,13 @@ def test_kl_over_its_limit_is_an_alarm_that_acts():
     assert names(history, max_kl=9.0) == []
 
 
+def test_a_step_over_the_limit_of_kl_is_not_the_best_unless_all_are():
+    history = [at(step, step, step, kl=3.0 * step) for step in range(1, 4)]
+    assert best_of(history).step == 3
+    assert best_of(history, max_kl=7.0).step == 2
+    assert best_of(history, max_kl=1.0).step == 3
+
+
 def test_another_alarm_does_not_make_a_verdict_of_one():
     history = [at(0, 0, 0), at(1, 1, 2, kl=9.0), at(2, 2, 1, kl=1.0), at(3, 3, 3, kl=9.0)]
     assert verdict(history, max_kl=5.0) is None

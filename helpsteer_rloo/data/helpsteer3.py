@@ -260,6 +260,7 @@ def group_rows(rows: list[Row]) -> PromptGroup:
                 domain=row.domain,
                 language=row.language,
                 chosen_response=better,
+                first_row=rows[0].index,
                 annotators=tuple(-score if better == 1 else score for score in row.annotators),
             )
         )

@@ -41,7 +41,8 @@ def expected_best(rewards: ArrayLike, values: ArrayLike, n: int) -> Weights:
     """
     rewards_PN, values_PN = np.asarray(rewards, dtype=float), np.asarray(values, dtype=float)
     count = rewards_PN.shape[1]
-    weights_N = np.array([math.comb(i, n - 1) for i in range(count)], dtype=float) / math.comb(count, n)
+    subsets = math.comb(count, n)  # of exact integers, which may be larger than any float
+    weights_N = np.array([math.comb(i, n - 1) / subsets for i in range(count)])
     best: list[float] = []
     for rewards_N, values_N in zip(rewards_PN, values_PN, strict=True):
         _, place_N, sizes = np.unique(rewards_N, return_inverse=True, return_counts=True)

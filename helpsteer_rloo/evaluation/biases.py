@@ -24,7 +24,7 @@ def feature_bias(judgements: Sequence[Judgement], name: str) -> dict[str, Any] |
     - model_prefers_more, labels_prefer_more: shares of the pairs that differ in it in which model and labels do.
     - bias: the difference of the two.
     - accuracy_chosen_more, accuracy_chosen_less: the model's, where the labels prefer more of it and where less.
-    - accuracy_gap: the difference of the two.
+    - accuracy_gap: the difference of the two; None where one of them is of no pair, as it is itself.
     - rank_correlation: of score and feature inside a pair, Kendall's tau: the mean of 1 where they order the two alike
       and -1 where they do not.
     """
@@ -48,7 +48,9 @@ def feature_bias(judgements: Sequence[Judgement], name: str) -> dict[str, Any] |
         "accuracy_chosen_less": accuracy(~chosen_more),
         "accuracy_gap": bootstrap(
             lambda w: weighted_mean(right, w * chosen_more) - weighted_mean(right, w * ~chosen_more), owners
-        ).to_json(),
+        ).to_json()
+        if 0 < chosen_more.sum() < len(pairs)
+        else None,
         "rank_correlation": clustered_mean((2 * prefers_more - 1).tolist(), owners).to_json(),
     }
 
@@ -82,7 +84,8 @@ def probe_effects(
 
     `position` is the largest change of any score when a prompt's responses are scored in the opposite order.
     """
-    judged = [group for group in groups if group.preferences][:MOST_PROBES]
+    labelled = [group for group in groups if group.preferences]
+    judged = labelled[:: max(1, -(-len(labelled) // MOST_PROBES))]  # spread over the data, which may be sorted
     variants = [_variants(group, renderer) for group in judged]
     fitting = [
         group for group in variants if max(map(len, group.continuation_ids)) + len(group.prompt_ids) <= max_length

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,11 @@ def reliability(margins: Sequence[float] | Weights) -> list[dict[str, float]]:
 def fitted_temperature(margins: Sequence[float] | Weights) -> float | None:
     """The T > 0 that minimizes the mean of -log sigma(margin / T); none if the log loss has no minimum inside.
 
-    That is so where all pairs are right (T would be 0), or no better than chance (T would be without bound).
+    That is so where no pair is wrong (T would be 0), or the mean margin is not positive (T would be without bound).
     """
     margins_n = np.asarray(margins, dtype=float)
+    if not (margins_n < 0).any() or margins_n.mean() <= 0:
+        return None
     low, high = (math.log(end) for end in TEMPERATURES)
     found = minimize_scalar(
         lambda log_t: float(-log_expit(margins_n / math.exp(log_t)).mean()), bounds=(low, high), method="bounded"
@@ -91,8 +94,11 @@ def _bins(confidence_n: Weights) -> np.ndarray[Any, Any]:
 
 
 def _ece(confidence_n: Weights, right_n: Weights, clusters: Sequence[Hashable]) -> Estimate:
+    """The error, with the basic interval of the bootstrap: resampling adds the bias of chance a second time."""
     in_bin_nb = np.eye(BINS)[_bins(confidence_n)]
-    return bootstrap(lambda w: _errors(confidence_n, right_n, in_bin_nb, w), clusters)
+    found = bootstrap(lambda w: _errors(confidence_n, right_n, in_bin_nb, w), clusters)
+    low, high = (max(0.0, 2 * found.value - end) for end in (found.high, found.low))
+    return replace(found, low=low, high=high)
 
 
 def _errors(confidence_n: Weights, right_n: Weights, in_bin_nb: Weights, weights_rn: Weights) -> Weights:

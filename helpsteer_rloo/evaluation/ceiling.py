@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import expit, ndtr
 
 from helpsteer_rloo.groups import Preference
 from helpsteer_rloo.statistics import Weights, bootstrap, proportion, weighted_mean
@@ -58,10 +58,12 @@ def _accuracy(means_n: Weights, counts_n: Weights, noise_n: Weights, weights_rn:
 
 
 def most_certain(margins: Sequence[float], clusters: Sequence[Hashable]) -> dict[str, Any]:
-    """Accuracy on the `MOST_CERTAIN` share of the pairs, those with the widest margins.
+    """Accuracy on the `MOST_CERTAIN` share of the pairs, those with the widest margins, and the confidence in them.
 
     Where a share q of labels is wrong whatever the responses, no model is right there in more than 1 - q of the pairs.
     """
     margins_n = np.asarray(margins, dtype=float)
     widest = np.argsort(-np.abs(margins_n), kind="stable")[: max(1, round(MOST_CERTAIN * len(margins_n)))]
-    return proportion([float(margins_n[i] > 0) for i in widest], [clusters[i] for i in widest]).to_json()
+    right = [1.0 if margins_n[i] > 0 else 0.5 if margins_n[i] == 0 else 0.0 for i in widest]
+    confidence = float(expit(np.abs(margins_n[widest])).mean())
+    return {**proportion(right, [clusters[i] for i in widest]).to_json(), "confidence": confidence}

@@ -23,12 +23,14 @@ def compare(judged: Mapping[str, Sequence[Judgement]]) -> dict[str, Any]:
     - disagreements: the pairs on which the two are furthest apart, the one that is right named.
 
     Raises:
-        ValueError: no pair was judged by all.
+        ValueError: no pair was judged by all, or rows of one number are of different data.
     """
     rows = set.intersection(*({j.preference.row for j in judgements} for judgements in judged.values()))
     if not rows:
         raise ValueError("No pair was judged by all of the reward models; compare them on a data set that fits all.")
     by_row = {name: {j.preference.row: j for j in judgements} for name, judgements in judged.items()}
+    if any(len({found[row].prompt for found in by_row.values()}) > 1 for row in rows):
+        raise ValueError("The reward models were judged on different pairs; give --dataset_name.")
     common = {name: [found[row] for row in sorted(rows)] for name, found in by_row.items()}
     owners = [j.group for j in next(iter(common.values()))]
     return {

@@ -9,6 +9,8 @@ SMALL_BIAS = 0.05
 """Share of pairs below which a preference for length or markdown is not worth a warning."""
 FEW_PAIRS = 20
 """Pairs below which a part of the data tells nothing."""
+MANY_TIES = 0.05
+"""Share of pairs with equal scores from which something is wrong with the scores themselves."""
 SURE = 0.9
 """Accuracy that a reward model ought to have where it is most certain."""
 POSITION_TOLERANCE = 0.05
@@ -49,8 +51,11 @@ def _of_accuracy(judged: Mapping[str, Any]) -> Iterator[Finding]:
     sentence = f"It prefers the chosen response in {_percent(overall)} of the pairs"
     weak = low <= CHANCE
     yield _finding("accuracy", overall, weak, sentence + (": not significantly better than chance." if weak else "."))
+    if judged["ties"] >= MANY_TIES:
+        tied = {"value": judged["ties"], "interval": [None, None], "count": judged["heldout_pairs"]}
+        yield _finding("ties", tied, True, f"It gives both responses the same score in {_percent(tied)} of the pairs.")
     for domain, part in judged["by_domain"].items():
-        if part["count"] >= FEW_PAIRS and part["interval"][1] < CHANCE:
+        if part["count"] >= FEW_PAIRS and part["interval"][1] < CHANCE and judged["ties"] < MANY_TIES:
             yield _finding(
                 f"accuracy/{domain}",
                 part,
@@ -62,13 +67,19 @@ def _of_accuracy(judged: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _of_labels(judged: Mapping[str, Any]) -> Iterator[Finding]:
     certain, ceiling = judged["most_certain"], judged["ceiling"]
-    unsure = certain["count"] >= FEW_PAIRS and certain["interval"][1] < SURE
+    high = certain["interval"][1]
+    weak = certain["count"] >= FEW_PAIRS and high < SURE
+    meaning = (
+        ": either many labels are wrong, or it is sure of the wrong thing."
+        if high < certain["confidence"]
+        else ": the labels are noisy, or it has learned little."
+    )
     yield _finding(
         "most_certain",
         certain,
-        unsure,
-        f"Where its margins are widest it is right in {_percent(certain)} of the pairs"
-        + (": either many labels are wrong, or it is sure of the wrong thing." if unsure else "."),
+        weak,
+        f"Where its margins are widest it is right in {_percent(certain)} of the pairs and sure of "
+        f"{certain['confidence']:.1%}" + (meaning if weak else "."),
     )
     if ceiling is None:
         return
@@ -93,7 +104,7 @@ def _of_calibration(found: Mapping[str, Any]) -> Iterator[Finding]:
     ece, temperature = found["ece"], found["temperature"]
     off = ece["interval"][0] is not None and ece["interval"][0] > max(0.02, found["ece_if_calibrated"])
     sentence = f"Its probabilities are off by {_percent(ece)} on average"
-    if temperature is not None:
+    if temperature is not None and off:
         kind = "over-confident" if temperature > 1 else "under-confident"
         sentence += f"; it is {kind}: margins divided by {temperature:.2f} fit the labels best"
     yield _finding("calibration", ece, off, sentence + ".")

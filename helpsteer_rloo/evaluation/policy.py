@@ -18,7 +18,7 @@ from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load
 from helpsteer_rloo.model.memory import release
 from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample
-from helpsteer_rloo.statistics import mean
+from helpsteer_rloo.statistics import Estimate, mean
 
 Gold = Callable[[str, str, bool], float]
 """The true quality of an answer, where a world knows it: last user turn, answer, whether it ended -> [0, 1]."""
@@ -86,7 +86,8 @@ def evaluate_policy(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compare the two policies on `groups`, one model in memory at a time.
 
-    KL is the mean over prompts of log pi(y) - log pi_start(y) for the trained policy's own answers y (k1, in nats).
+    KL is the mean over prompts of log pi(y) - log pi_start(y) for the trained policy's own answers y (k1, in nats),
+    at the temperature of sampling and without its top-p and top-k.
 
     Returns:
         The summary, and one record a prompt with both answers, the worst regressions first.
@@ -95,10 +96,10 @@ def evaluate_policy(
     with _loaded(pair, trained=True) as model:
         after_ids = _sampled(model, tokenizer, prompts, knobs)
         drawn = [TokenGroup((), p, (c.ids,)) for p, c in zip(prompts, after_ids, strict=True)]
-        log_probs = _completion_log_probs(model, drawn)
+        log_probs = _completion_log_probs(model, drawn, knobs.temperature)
     with _loaded(pair, trained=False) as model:
         before_ids = _sampled(model, tokenizer, prompts, knobs)
-        start_log_probs = _completion_log_probs(model, drawn)
+        start_log_probs = _completion_log_probs(model, drawn, knobs.temperature)
         many = [prompt for prompt in prompts for _ in range(knobs.best_of)]
         many_ids = _sampled(model, tokenizer, many, replace(knobs, seed=knobs.seed + 1))
     sides = [_answers(ids, tokenizer) for ids in (before_ids, after_ids, many_ids)]
@@ -133,9 +134,9 @@ def _sampled(
     return sample(model, prompts, sampling, batch_size=knobs.batch_size, seed=knobs.seed)
 
 
-def _completion_log_probs(model: Model, drawn: Sequence[TokenGroup]) -> list[float]:
+def _completion_log_probs(model: Model, drawn: Sequence[TokenGroup], temperature: float) -> list[float]:
     """Sum of the log-probabilities of the tokens of each group's only completion, in nats."""
-    return [own.sum().item() for (own,) in group_log_probs(model, drawn, PASS_TOKENS)]
+    return [own.sum().item() for (own,) in group_log_probs(model, drawn, PASS_TOKENS, temperature)]
 
 
 def _answers(completions: list[Completion], tokenizer: PreTrainedTokenizerBase) -> Answers:
@@ -173,7 +174,7 @@ def _summary(
         **_compared("reward", before.rewards, after.rewards),
         "win_rate": wins.value,
         "win_rate_interval": wins.interval(),
-        "length_controlled_win_rate": length_controlled_win_rate(rewards, longer).to_json(),
+        "length_controlled_win_rate": _json(length_controlled_win_rate(rewards, longer)),
         "kl": divergence.value,
         "kl_interval": divergence.interval(),
         **_of_texts(before, "before"),
@@ -183,7 +184,7 @@ def _summary(
         guards = _changes(before.guards, after.guards)
         result |= _compared("guard", before.guards, after.guards)
         result["guard_win_rate"] = win_rate(guards).to_json()
-        result["guard_length_controlled_win_rate"] = length_controlled_win_rate(guards, longer).to_json()
+        result["guard_length_controlled_win_rate"] = _json(length_controlled_win_rate(guards, longer))
     if gold is not None:
         result |= _compared("gold", *(_gold_values(groups, answers, gold) for answers in (before, after)))
     return result
@@ -215,6 +216,10 @@ def _compared(name: str, before: Sequence[float], after: Sequence[float]) -> dic
         f"{name}_after": _average(after),
         f"{name}_change": change.to_json(),
     }
+
+
+def _json(estimate: Estimate | None) -> dict[str, Any] | None:
+    return None if estimate is None else estimate.to_json()
 
 
 def _changes(before: Sequence[float], after: Sequence[float]) -> list[float]:

@@ -1,5 +1,6 @@
 """Held-out pairs and the scores that a reward model gives their responses; its accuracy, whole and in parts."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,8 @@ class ScoredResponse:
 class Judgement:
     """One held-out pair with its scores.
 
-    `group` numbers the prompts; `prompt` is the last user turn, `turns` the number of them, `length` that of the prompt
-    and the longer response in tokens.
+    `group` is that of all pairs on one prompt, whatever was cut off it; `prompt` is the last user turn, `turns` the
+    number of them, `length` that of the prompt and the longer response in tokens.
     """
 
     group: int
@@ -75,6 +76,9 @@ def judge(
 ) -> list[Judgement]:
     """Score every continuation of every group once, and compare the pairs.
 
+    Raises:
+        ValueError: a score is not finite.
+
     Args:
         model: A reward model.
         groups: With preferences.
@@ -87,6 +91,9 @@ def judge(
         part = groups[start : start + chunk]
         scores = score_groups(model, part, batch_size)
         for number, (group, own) in enumerate(zip(part, scores, strict=True), start=start):
+            if not all(map(math.isfinite, own)):
+                rows = ", ".join(str(preference.row) for preference in group.preferences)
+                raise ValueError(f"A score of row {rows} (counted from 0) is not finite: the reward model is damaged.")
             responses = [
                 ScoredResponse(score, len(ids), markdown_marks(text_of(ids)) if text_of else 0)
                 for score, ids in zip(own, group.continuation_ids, strict=True)
@@ -102,7 +109,8 @@ def _judgements(number: int, group: TokenGroup, responses: Sequence[ScoredRespon
         chosen, rejected = responses[preference.chosen], responses[preference.rejected]
         length = len(group.prompt_ids) + max(chosen.tokens, rejected.tokens)
         prompt = group.prompt[-1].content if group.prompt else ""
-        judgements.append(Judgement(number, preference, chosen, rejected, prompt, turns, length))
+        owner = number if preference.first_row is None else preference.first_row
+        judgements.append(Judgement(owner, preference, chosen, rejected, prompt, turns, length))
     return judgements
 
 
@@ -116,6 +124,7 @@ def summarize(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "heldout_pairs": overall.count,
         "heldout_prompts": len({j.group for j in judgements}),
         "better_than_chance": overall.low > CHANCE,
+        "ties": sum(j.margin == 0 for j in judgements) / len(judgements),
         "mean_margin": preference_margins(scores).mean().item(),
         "log_loss": -torch.nn.functional.logsigmoid(preference_margins(scores)).mean().item(),
         "by_domain": _by(judgements, [j.preference.domain for j in judgements]),

@@ -17,21 +17,25 @@ def win_rate(changes: Sequence[float]) -> Estimate:
     return proportion(_wins(changes).tolist())
 
 
-def length_controlled_win_rate(changes: Sequence[float], longer: Sequence[int]) -> Estimate:
+def length_controlled_win_rate(changes: Sequence[float], longer: Sequence[int]) -> Estimate | None:
     """The win rate that answers of equal length would have had.
 
     P(win) = sigma(a + b tanh(longer / s)), s the standard deviation of `longer`, is fitted by logistic regression, and
     sigma(a) is given: the length term of Dubois et al. 2024 (arXiv 2404.04475, eq. 2), whose terms for models and
     instructions one pair of policies has no use for. The interval is the bootstrap's over prompts.
 
+    None where all answers became longer, or all shorter: what equal lengths would give cannot be told from them.
+
     Args:
         changes: Score of the new answer minus that of the old one, a prompt each.
         longer: Tokens of the new answer minus those of the old one.
     """
     wins_n, longer_n = _wins(changes), np.asarray(longer, dtype=float)
-    deviation = float(longer_n.std())
-    if deviation == 0:  # the change of length is the same everywhere, so that nothing tells its effect
+    if len(set(wins_n.tolist())) == 1:
         return win_rate(changes)
+    if longer_n.min() > 0 or longer_n.max() < 0 or longer_n.std() == 0:
+        return None if longer_n.any() else win_rate(changes)
+    deviation = float(longer_n.std())
     design_n2 = np.stack([np.ones(len(wins_n)), np.tanh(longer_n / deviation)], axis=1)
 
     def controlled(weights_rn: Weights) -> Weights:

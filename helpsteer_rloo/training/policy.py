@@ -1,5 +1,6 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -57,7 +58,7 @@ def train_policy(
     room = prompt_room(record["rendering"]["max_length"], own.response_length)
     groups = training_prompts(own, renderer, room, prompts, counts)
     groups = _without(groups, rollout_prompts(heldout, renderer, room, Counter()), counts)
-    watched, groups = _set_apart(groups, own.watch_prompts if own.watched else 0, counts)
+    watched, groups = _set_apart(groups, own.watch_prompts, counts) if own.watched else ([], groups)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
     args.model_init_kwargs = setup.init_kwargs
     scorers = [_scorer(own, directory, tokenizer) for directory in (own.reward_model_path, *own.ensemble_members)]
@@ -110,7 +111,10 @@ def _watch(
     if own.guard_reward_model is not None:
         guard = _scorer(own, own.guard_reward_model, cast(PreTrainedTokenizerBase, trainer.processing_class))
         guard.role = trainer.reward_role(own.guard_reward_model, base, GUARD_ADAPTER)
-    steps = own.watch_steps or int(settings.trl["save_steps"])
+    every = own.watch_steps or settings.trl["save_steps"]
+    steps = (
+        math.ceil(every * trainer.args.max_steps) if every < 1 else int(every)
+    )  # a share of all, as transformers has
     rules = WatchRules(steps, own.on_alarm, own.max_kl)
     watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / "watch")
     trainer.add_callback(watch)
@@ -185,8 +189,17 @@ def training_prompts(
 
 
 def _set_apart(groups: list[TokenGroup], most: int, counts: Counter[str]) -> tuple[list[TokenGroup], list[TokenGroup]]:
-    """At most so many prompts, at even distances and no more than a quarter of all, and the others."""
-    count = min(most, len(groups) // 4)
+    """At most so many prompts, at even distances and no more than a quarter of all, and the others.
+
+    Raises:
+        ValueError: they are too few for an interval, or for all processes.
+    """
+    count, needed = min(most, len(groups) // 4), 2 * process_count()
+    if count < needed:
+        raise ValueError(
+            f"Of {len(groups)} prompts only a quarter can be kept out of training to watch the policy on, and {needed} "
+            "are needed. Use more data, or leave out --guard_reward_model, --watch_steps and --max_kl."
+        )
     apart = {len(groups) * number // count for number in range(count)}
     counts["watched"] = count
     counts["prompts"] -= count

@@ -80,6 +80,7 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
         self._unlogged: list[tuple[Tensor, int]] = []
         ours = self.args if isinstance(self.args, RewardConfig) else None
         if ours and ours.engine == "trl":
+            self._refuse_packed_only("engine='trl'")
             return 0
         obstacle = "a data collator of its own" if collator is not None else set_up_packing(self)
         if obstacle is not None:

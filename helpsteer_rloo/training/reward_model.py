@@ -78,6 +78,8 @@ def train_reward_model(
 def _args(settings: Settings[RewardKnobs]) -> RewardConfig:
     own = settings.own
     defaults = {**BY_LOSS, "eval_steps": settings.trl["save_steps"]} if own.early_stopping_patience else {}
+    if "metric_for_best_model" in settings.trl:
+        defaults.pop("greater_is_better", None)  # which transformers infers from the metric
     return build_args(
         RewardConfig,
         settings,

@@ -236,6 +236,15 @@ class RLOOTrainer(SamplingRLOOTrainer):
         values = dict(zip(places, (values for own in found for values in own), strict=True))
         return torch.cat([values[place] for place in sorted(values)])
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether passes are this project's, on packed rows."""
+        return self._packed
+
+    def penalties_of(self, drawn: Sequence[Completion]) -> list[float]:
+        """What is subtracted from the score of each completion."""
+        return [self.missing_eos_penalty * (not c.ended) + self.length_penalty * len(c.ids) for c in drawn]
+
     def rewards_of(self, groups: Sequence[TokenGroup], drawn: Sequence[Completion]) -> list[float]:
         """Scores less penalties of completions, one a prompt, as many on every process; NaN where there is no score."""
         texts = self._tokenizer.batch_decode([list(c.ids) for c in drawn], skip_special_tokens=True)

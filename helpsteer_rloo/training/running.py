@@ -7,7 +7,7 @@ from typing import Any, cast
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from helpsteer_rloo.checkpoints import full_disk_explained
+from helpsteer_rloo.checkpoints import damage, full_disk_explained
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
 from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
@@ -38,14 +38,35 @@ def train_to_the_end(
         refuse_other_engine(trainer, checkpoint)
     seal_checkpoints(trainer)
     bad_steps = skip_bad_steps(trainer, max_bad_steps)
-    if begin(checkpoint) and checkpoint:
-        state = trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        cast(Any, trainer)._load_from_checkpoint(best or str(checkpoint))
-        return bad_steps.total
+    ended = begin(checkpoint)
+    if checkpoint and not _is_sharded(trainer):
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if ended or state.global_step >= state.max_steps:  # transformers would take one step more
+            _stand_at(trainer, checkpoint, state)
+            bad_steps.on_train_begin(trainer.args, state, trainer.control)
+            return bad_steps.total
     with stopping_on_request(trainer), full_disk_explained(Path(directory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return bad_steps.total
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Whether weights can only be loaded once the engine has shared them out, which training does."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def _stand_at(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:
+    """Give a trainer weights and state of the end of its training, the best weights if they are the result.
+
+    Raises:
+        ValueError: the checkpoint with the best weights is not what was saved.
+    """
+    trainer.state, source = state, checkpoint
+    if trainer.args.load_best_model_at_end and state.best_global_step:
+        source = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+        if problem := damage(source):
+            raise ValueError(f"Training had ended with {source} as the best, which cannot be used: {problem}.")
+    cast(Any, trainer)._load_from_checkpoint(str(source))
 
 
 def save_final(trainer: Trainer) -> None:

@@ -1,10 +1,11 @@
 """A trained reward model as a reward function for RLOO: it scores the very ids that were sampled."""
 
 import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.memory import AtOnce
@@ -74,7 +75,7 @@ class EnsembleScorer:
 
     def __call__(self, *, log_metric: Callable[[str, float], None] | None = None, **given: Any) -> list[float]:
         """One score a completion, in the order given; the arguments are those of `RewardModelScorer`."""
-        scores = list(zip(*(member(**given) for member in self.members), strict=True))
-        if log_metric is not None and scores:
-            log_metric("ensemble/disagreement", statistics.fmean(map(statistics.pstdev, scores)))
-        return [min(own) if self._worst else statistics.fmean(own) for own in scores]
+        scores_MB = np.array([member(**given) for member in self.members])
+        if log_metric is not None and scores_MB.size:
+            log_metric("ensemble/disagreement", float(scores_MB.std(axis=0).mean()))
+        return (scores_MB.min(axis=0) if self._worst else scores_MB.mean(axis=0)).tolist()

@@ -1,5 +1,6 @@
 """Watching a policy while it is trained: measurements along the run, and its end where it begins to go wrong."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpsteer_rloo.alarms import Watched, alarms, best_of, verdict
+from helpsteer_rloo.checkpoints import damage
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.rollout import sequence_seed, supports_sampler
+from helpsteer_rloo.model.rollout import Completion, sequence_seed, supports_sampler
+from helpsteer_rloo.model.sharding import whole_weights
 from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none, read_steps, write_step
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
@@ -43,7 +46,7 @@ class PolicyWatch(TrainerCallback):
         directory: Of the files.
 
     Raises:
-        ValueError: the policy is a model that the embedded sampler does not take.
+        ValueError: the policy's passes are TRL's own, or it is a model that the embedded sampler does not take.
     """
 
     def __init__(
@@ -54,13 +57,12 @@ class PolicyWatch(TrainerCallback):
         rules: WatchRules,
         directory: Path,
     ) -> None:
-        if not supports_sampler(trainer.accelerator.unwrap_model(trainer.model)):
+        if not (trainer.is_packed and supports_sampler(trainer.accelerator.unwrap_model(trainer.model))):
             raise ValueError(
-                "The policy cannot be watched, since the embedded sampler does not take this model. Leave out "
-                "--guard_reward_model, --watch_steps and --max_kl."
+                "The policy cannot be watched, since its passes are left to TRL. Leave out --guard_reward_model, "
+                "--watch_steps and --max_kl (in the pipeline --guard too)."
             )
-        even = len(prompts) // trainer.accelerator.num_processes * trainer.accelerator.num_processes
-        self._trainer, self._prompts, self._guard = trainer, prompts[:even], guard
+        self._trainer, self._prompts, self._guard = trainer, prompts, guard
         self._rules, self._directory = rules, directory
         self.rolled_back_to: int | None = None
         self.history: list[Watched] = []
@@ -70,6 +72,11 @@ class PolicyWatch(TrainerCallback):
     def ends_the_run(self) -> bool:
         """Whether the run is over by what has been measured."""
         return self._rules.action != "warn" and verdict(self.history, self._rules.max_kl) is not None
+
+    @property
+    def _best(self) -> Watched:
+        """The best step that can be gone back to: not the start, and not over the limit of KL if another is not."""
+        return best_of(self.history[1:] or self.history, self._rules.max_kl)
 
     def begin(self, step: int) -> bool:
         """Take over what was measured up to the step that training goes on from; whether the run ends there."""
@@ -81,21 +88,31 @@ class PolicyWatch(TrainerCallback):
         return self.ends_the_run
 
     def finish(self) -> None:
-        """Give the policy the weights of its best step, if the run was ended and the rules say so."""
-        state = self._trainer.state
-        if not (self.ends_the_run and self._rules.action == "rollback" and state.best_model_checkpoint):
+        """Give the policy the weights of its best step, if the run was ended and the rules say so.
+
+        Raises:
+            ValueError: the checkpoint of that step is not what was saved.
+        """
+        state, best = self._trainer.state, self._best.step
+        if not (self.ends_the_run and self._rules.action == "rollback") or best == state.global_step:
             return
-        if state.best_global_step != state.global_step:
-            warnings.warn(f"Going back to step {state.best_global_step}, the best so far.", stacklevel=2)
-            cast(Any, self._trainer)._load_best_model()
-            self.rolled_back_to = state.best_global_step
+        checkpoint = Path(str(self._trainer.args.output_dir)) / f"checkpoint-{best}"
+        if problem := damage(checkpoint):
+            raise ValueError(
+                f"The run is to go back to its best step, but {checkpoint} cannot be used: {problem}. Give "
+                "--on_alarm stop to keep the last step instead."
+            )
+        warnings.warn(f"Going back to step {best}, the best so far.", stacklevel=2)
+        state.best_model_checkpoint = str(checkpoint)  # which may have been moved with the run since it was set
+        cast(Any, self._trainer)._load_best_model()
+        self.rolled_back_to = best
 
     def summary(self) -> dict[str, Any]:
         """What was seen along the run: its curve, its best step, and what ended it."""
         ended = verdict(self.history, self._rules.max_kl) if self.history else None
         return {
             "curve": [seen.to_json() for seen in self.history],
-            "best_step": best_of(self.history).step,
+            "best_step": self._best.step,
             "verdict": None if ended is None else {"name": ended.name, "step": ended.step, "sentence": ended.sentence},
             "action": self._rules.action if ended else None,
             "rolled_back_to": self.rolled_back_to,
@@ -112,7 +129,7 @@ class PolicyWatch(TrainerCallback):
         if step % self._rules.steps and step < state.max_steps:
             return
         self._measure(state)
-        if best_of(self.history[1:]).step == step:
+        if self._best.step == step:
             state.best_global_step, state.best_metric = step, self.history[-1].merit
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{step}")
             control.should_save = True
@@ -125,7 +142,9 @@ class PolicyWatch(TrainerCallback):
 
     def _measure(self, state: Any) -> None:
         trainer, accelerator = self._trainer, self._trainer.accelerator
-        numbers = range(accelerator.process_index, len(self._prompts), accelerator.num_processes)
+        turns = range(-(-len(self._prompts) // accelerator.num_processes))  # as many on every process, some twice
+        places = (accelerator.process_index + turn * accelerator.num_processes for turn in turns)
+        numbers = [place % len(self._prompts) for place in places]
         own = [self._prompts[number] for number in numbers]
         seeds = [sequence_seed(trainer.args.seed, -1, number) for number in numbers]
         rows = dict(gather_object(list(zip(numbers, self._rows(own, seeds), strict=True))))
@@ -134,6 +153,15 @@ class PolicyWatch(TrainerCallback):
             write_step(self._directory, state.global_step, ordered)
         self.history.append(_watched(state.global_step, ordered))
 
+    def _guarded(self, ids: Mapping[str, list[list[int]]], drawn: Sequence[Completion]) -> list[float | None]:
+        """The guard's scores less the run's penalties: of a text that was cut off it knows nothing."""
+        if self._guard is None:
+            return [None] * len(drawn)
+        with whole_weights(self._trainer.accelerator.unwrap_model(self._trainer.model)):  # on which it may stand
+            scores = self._guard(**ids)
+        penalties = self._trainer.penalties_of(drawn)
+        return [number_or_none(score - penalty) for score, penalty in zip(scores, penalties, strict=True)]
+
     def _rows(self, prompts: Sequence[TokenGroup], seeds: Sequence[int]) -> list[dict[str, Any]]:
         trainer = self._trainer
         drawn = trainer.drawn([prompt.prompt_ids for prompt in prompts], seeds)
@@ -141,13 +169,15 @@ class PolicyWatch(TrainerCallback):
         ids = {"prompt_ids": [list(g.prompt_ids) for g in groups], "completion_ids": [list(c.ids) for c in drawn]}
         columns: dict[str, Sequence[Any]] = {
             "reward": list(map(number_or_none, trainer.rewards_of(prompts, drawn))),
-            "guard": self._guard(**ids) if self._guard else [None] * len(drawn),
+            "guard": self._guarded(ids, drawn),
             "length": [len(c.ids) for c in drawn],
             "ended": [c.ended for c in drawn],
         }
         own = trainer.summed_log_probs(groups)
         with trainer.as_reference() as reference:
             start = trainer.summed_log_probs(groups, reference)
+        if not all(map(math.isfinite, own)):
+            raise ValueError(f"The policy diverged by step {trainer.state.global_step}: lower --learning_rate.")
         columns |= {"surprise": [-value for value in own], "kl": [a - b for a, b in zip(own, start, strict=True)]}
         tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
         texts = tokenizer.batch_decode([list(c.ids[:-1] if c.ended else c.ids) for c in drawn])
@@ -165,6 +195,6 @@ def read_watched(directory: Path) -> list[Watched]:
 
 def _watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:
     columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
-    if None in columns["guard"]:
+    if all(score is None for score in columns["guard"]):
         columns["guard"] = None
     return Watched(step, **columns)

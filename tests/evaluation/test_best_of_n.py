@@ -39,6 +39,11 @@ def test_the_kl_of_best_of_n_is_that_of_its_distribution():
     assert best_of_n_kl(n) == pytest.approx(float(np.sum(p * np.log(p * m))), abs=1e-3)
 
 
+def test_more_samples_than_floats_can_count_the_subsets_of():
+    rewards = np.arange(1100.0)[None]
+    assert 1096 < expected_best(rewards, rewards, 512)[0] < 1099
+
+
 def test_the_curve_ends_with_all_samples():
     rewards = np.random.default_rng(2).normal(size=(3, 6))
     points = curve(rewards, {"reward": rewards})

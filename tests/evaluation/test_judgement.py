@@ -1,5 +1,7 @@
 """What is said of a reward model, against faults that are planted in scores and labels, and cases computed by hand."""
 
+import json
+from dataclasses import replace
 from math import exp, log
 
 import numpy as np
@@ -15,7 +17,7 @@ from helpsteer_rloo.evaluation.calibration import calibration, fitted_temperatur
 from helpsteer_rloo.evaluation.ceiling import label_ceiling, most_certain
 from helpsteer_rloo.evaluation.comparison import compare
 from helpsteer_rloo.evaluation.findings import findings
-from helpsteer_rloo.evaluation.preference import Judgement, ScoredResponse, summarize
+from helpsteer_rloo.evaluation.preference import Judgement, ScoredResponse, judge, summarize
 from helpsteer_rloo.evaluation.reward_model import judge_reward_model
 from helpsteer_rloo.evaluation.text_features import markdown_marks, with_markdown
 from helpsteer_rloo.groups import Message, Preference, TokenGroup
@@ -105,9 +107,9 @@ def test_the_temperature_of_drawn_labels_is_found(true):
         assert found["ece"]["interval"][0] > found["ece_if_calibrated"]
 
 
-def test_there_is_no_temperature_where_all_pairs_are_right_or_wrong():
-    assert fitted_temperature([1.0, 2.0]) is None
-    assert fitted_temperature([-1.0, -2.0]) is None
+@pytest.mark.parametrize("margins", [[1.0, 2.0], [-1.0, -2.0], [2.0] * 5, [50.0] * 5, [0.0, 0.0], [1.0, -3.0]])
+def test_there_is_no_temperature_where_none_is_wrong_or_the_mean_is_not_positive(margins):
+    assert fitted_temperature(margins) is None
 
 
 def test_a_cross_fitted_temperature_does_not_see_its_own_half():
@@ -176,6 +178,46 @@ def test_there_is_no_ceiling_without_annotators():
 def test_annotators_that_agree_no_more_than_by_chance_leave_a_coin():
     found = label_ceiling([preference(annotators=(3, -3)), preference(annotators=(-3, 3))], [0, 1])
     assert found["accuracy"]["value"] == 0.5
+
+
+def test_equal_scores_are_said_and_accuse_no_label():
+    _, found = whole([judged(0.0, 0.0, i, domain=("general", "stem")[i % 2]) for i in range(100)])
+    assert found["ties"].value == 1.0
+    assert found["ties"].concern
+    assert "accuracy/general" not in found
+    assert found["most_certain"].value == 0.5
+
+
+def test_a_weak_model_that_knows_it_is_not_said_to_be_sure_of_the_wrong_thing():
+    rng = np.random.default_rng(4)
+    margins = rng.normal(0, 0.4, 1000)
+    labels = np.where(rng.random(1000) < expit(margins), 1, -1)
+    _, found = whole([judged(m, 0.0, i) for i, m in enumerate((margins * labels).tolist())])
+    assert "it has learned little" in found["most_certain"].sentence
+    assert "confident" not in found["calibration"].sentence
+
+
+def test_pairs_of_which_the_chosen_is_always_longer_have_no_gap():
+    pairs = [judged(ScoredResponse(1.0, 9), ScoredResponse(0.0, 3), i) for i in range(5)]
+    found = feature_bias(pairs, "tokens")
+    assert found["accuracy_gap"] is None
+    assert found["accuracy_chosen_less"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_score_that_is_no_number_names_its_row(reward_model, monkeypatch):
+    group = TokenGroup((Message("user", "p"),), (5,), ((6,), (7,)), (preference(31),))
+    monkeypatch.setattr("helpsteer_rloo.evaluation.preference.score_groups", lambda *_: [[float("nan"), 1.0]])
+    with pytest.raises(ValueError, match=r"A score of row 31 .* is not finite"):
+        judge(reward_model, [group], 2)
+
+
+def test_pieces_of_a_prompt_that_was_cut_are_one_prompt(reward_model):
+    pieces = [
+        TokenGroup((Message("user", "p"),), (5, n), ((6,), (7,)), (replace(preference(n), first_row=3),))
+        for n in (3, 4)
+    ]
+    assert [j.group for j in judge(reward_model, pieces, 2)] == [3, 3]
 
 
 def test_most_certain_takes_the_widest_margins():
@@ -363,6 +405,12 @@ def test_a_better_model_is_better_with_an_interval_that_excludes_zero():
     found = compare({name: [judged(m, 0.0, i) for i, m in enumerate(values)] for name, values in sides.items()})
     assert found["compared"][0]["difference"]["interval"][0] > 0
     assert found["compared"][0]["mcnemar_p"] < 1e-3
+
+
+def test_rows_of_other_data_are_not_compared():
+    other = replace(judged(1.0, 0.0, 0), prompt="another")
+    with pytest.raises(ValueError, match="judged on different pairs"):
+        compare({"a": [judged(1.0, 0.0, 0)], "b": [other]})
 
 
 def test_models_that_share_no_pair_cannot_be_compared():

@@ -166,6 +166,32 @@ def test_what_lies_behind_the_checkpoint_is_measured_again(tiny_base, tokenizer,
         assert torch.equal(weight, weights(whole)[name]), name
 
 
+def test_a_training_that_was_killed_before_its_final_save_takes_no_step_more(tiny_base, tokenizer, tmp_path):
+    """Its last step is inside an epoch, where transformers goes on with one step more."""
+    trainer, watch = make(tiny_base, tokenizer, tmp_path, save_steps=1)
+    run(trainer, watch)
+    again, again_watch = make(tiny_base, tokenizer, tmp_path, save_steps=1)
+    run(again, again_watch)
+    assert again.state.global_step == trainer.state.global_step == STEPS
+    assert again_watch.history == watch.history
+    for name, weight in weights(again).items():
+        assert torch.equal(weight, weights(trainer)[name]), name
+
+
+def test_a_best_checkpoint_that_is_gone_is_said(tiny_base, tokenizer, tmp_path):
+    trainer, watch = make(tiny_base, tokenizer, tmp_path, scripted([0.0, 5.0, 3.0, 1.0]))
+    run(trainer, watch)
+    (tmp_path / "checkpoint-2" / "model.safetensors").unlink()
+    again, watch = make(tiny_base, tokenizer, tmp_path, scripted([]))
+    with pytest.raises(ValueError, match=r"checkpoint-2 cannot be used: model.safetensors is missing"):
+        run(again, watch)
+
+
+def test_passes_of_trls_own_cannot_be_watched(tiny_base, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="its passes are left to TRL"):
+        make(tiny_base, tokenizer, tmp_path, engine="trl")
+
+
 def test_the_best_checkpoint_is_kept(tiny_base, tokenizer, tmp_path):
     trainer, watch = make(tiny_base, tokenizer, tmp_path, scripted([0.0, 1.0, 5.0, 4.9995, 4.9993]), save_steps=1)
     run(trainer, watch)
