@@ -86,6 +86,7 @@ def ensemble(tiny_base, tmp_path_factory):
     return directory / "run", [*data, *SMALL, *run]
 
 
+@pytest.mark.slow
 def test_an_ensemble_has_seeds_of_its_own_and_scores_on_the_policys_base(ensemble):
     run, _ = ensemble
     names = ("reward_model", "reward_model_2")
@@ -100,6 +101,7 @@ def test_an_ensemble_has_seeds_of_its_own_and_scores_on_the_policys_base(ensembl
     assert not [name for name in load_file(run / "policy" / "adapter_model.safetensors") if "reward" in name]
 
 
+@pytest.mark.slow
 def test_the_worst_score_of_an_ensemble_is_what_is_trained_on(ensemble):
     run, _ = ensemble
     models = [load_reward_model(run / name)[0] for name in ("reward_model", "reward_model_2")]
@@ -110,6 +112,7 @@ def test_the_worst_score_of_an_ensemble_is_what_is_trained_on(ensemble):
         assert own[0] != own[1]
 
 
+@pytest.mark.slow
 def test_changes_of_an_ensemble_run_again_what_depends_on_them(ensemble, capsys):
     _, arguments = ensemble
     cli.run_pipeline(arguments)  # by the mean now

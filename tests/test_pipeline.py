@@ -239,7 +239,7 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(command, tmp_path, cap
     assert steps[:6] == [0, 1, 2, 3, 2, 3]  # the checkpoint of step 2 is where it goes on
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(command, tmp_path, capsys, monkeypatch, number):
     import trl
 
@@ -406,6 +406,7 @@ def test_a_model_that_another_run_replaced_is_not_taken_for_finished(command, tm
     assert (model / "model.safetensors").read_bytes() == weights  # the same settings give the same bits
 
 
+@pytest.mark.slow
 def test_lost_weights_are_noticed_and_another_spelling_of_a_path_is_not(command, tmp_path, capsys, monkeypatch):
     arguments = [*command, "--reward_model_only", "--allow_weak_reward_model"]
     cli.run_pipeline([*arguments, f"--output_dir={tmp_path / 'run'}"])

@@ -34,7 +34,7 @@ def check(alone, curves):
         assert difference(alone[stage], rows) < TOLERANCE, stage
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_give_the_curves_of_one(alone, tmp_path, kind):
     check(alone, launched(tmp_path, 2, kind))
 
