@@ -145,7 +145,9 @@ def require_apart(directories: Sequence[str]) -> None:
     for place, path in enumerate(paths):
         for other in paths[place + 1 :]:
             if path == other or path in other.parents or other in path.parents:
-                raise ValueError(f"{path} and {other} need to be directories apart from each other.")
+                raise ValueError(
+                    f"{path} and {other} are of different parts, which need directories apart from each other."
+                )
 
 
 def _check_clip_range(given: Any) -> None:

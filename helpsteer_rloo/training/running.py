@@ -41,13 +41,20 @@ def train_to_the_end(
     ended = begin(checkpoint)
     if checkpoint and not _is_sharded(trainer):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if ended or state.global_step >= state.max_steps:  # transformers would take one step more
+        if ended or _was_the_last_step(trainer, state):  # transformers would take one step more
             _stand_at(trainer, checkpoint, state)
             bad_steps.on_train_begin(trainer.args, state, trainer.control)
             return bad_steps.total
     with stopping_on_request(trainer), full_disk_explained(Path(directory)):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return bad_steps.total
+
+
+def _was_the_last_step(trainer: Trainer, state: TrainerState) -> bool:
+    """Whether a checkpoint's step is the last one, also by arguments that may ask for more than it was trained with."""
+    if trainer.args.max_steps > 0:
+        return state.global_step >= trainer.args.max_steps
+    return state.global_step >= state.max_steps and trainer.args.num_train_epochs <= state.num_train_epochs
 
 
 def _is_sharded(trainer: Trainer) -> bool:
