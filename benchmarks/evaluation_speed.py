@@ -50,6 +50,7 @@ def padded(model: Any, sequences: Sequence[Sequence[int]], order: Sequence[int])
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         ids_BT, mask_BT = pad_right([sequences[place] for place in chosen], torch.device("cpu"))
+        ids_BT = ids_BT.masked_fill(mask_BT == 0, model.config.get_text_config().pad_token_id)  # by which it finds ends
         logits_B = model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0]
         for place, value in zip(chosen, logits_B.tolist(), strict=True):
             scores[place] = value
