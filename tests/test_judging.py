@@ -66,6 +66,7 @@ def test_the_policy_is_compared_with_best_of_n(guarded):
     assert {"reward", "guard", "n", "kl", "reaches_the_kl"} == best["at_the_policys_kl"].keys()
 
 
+@pytest.mark.slow
 def test_nothing_runs_twice_and_another_action_runs_rloo_again(guarded, capsys):
     _, arguments = guarded
     cli.run_pipeline(arguments)

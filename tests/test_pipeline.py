@@ -54,7 +54,7 @@ def command(rows_file, tiny_base):
     return [f"--dataset_name={rows_file}", f"--model_name_or_path={tiny_base}", *SMALL]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 def finished(request, command, tmp_path_factory):
     """A finished run: its directory and the arguments it was started with."""
     directory = tmp_path_factory.mktemp("run")
