@@ -85,12 +85,18 @@ def predictions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def results_table(summary: Mapping[str, Any]) -> Table:
-    """The results of a whole run."""
-    table = Table(title="Results", title_justify="left")
+def _of_estimates(title: str) -> Table:
+    """A table, still empty, of numbers with their intervals."""
+    table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
+    return table
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """The results of a whole run."""
+    table = _of_estimates("Results")
     reward, policy = summary.get("reward_model"), summary.get("policy")
     if reward:
         label = f"reward model: held-out accuracy ({reward['heldout_pairs']} pairs)"
@@ -130,10 +136,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
 
 def benchmark_table(found: Mapping[str, Any]) -> Table:
     """The result of an offline benchmark: every number of it, in the order of the result."""
-    table = Table(title=f"{found['benchmark']}, {found['scored']} items", title_justify="left")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table = _of_estimates(f"{found['benchmark']}, {found['scored']} items")
     for name, value in _flat(found["result"]):
         table.add_row(escape(name), *_cells(value))
     for kind in ("left_out", "counts"):
@@ -144,10 +147,7 @@ def benchmark_table(found: Mapping[str, Any]) -> Table:
 
 def judgement_table(name: str, judged: Mapping[str, Any]) -> Table:
     """Everything that was measured of a reward model."""
-    table = Table(title=f"Reward model {escape(name)}, {judged['heldout_pairs']} held-out pairs", title_justify="left")
-    table.add_column("what")
-    table.add_column("value (count)", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table = _of_estimates(f"Reward model {escape(name)}, {judged['heldout_pairs']} held-out pairs")
     overall = {"value": judged["heldout_accuracy"], "interval": judged["interval"], "count": judged["heldout_pairs"]}
     shown = (
         "by_domain",
@@ -178,10 +178,7 @@ def findings_table(findings: Sequence[Mapping[str, Any]]) -> Table:
 
 def comparison_table(found: Mapping[str, Any]) -> Table:
     """Reward models side by side on the same pairs."""
-    table = Table(title=f"Compared on {found['pairs']} pairs", title_justify="left")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table = _of_estimates(f"Compared on {found['pairs']} pairs")
     for name, part in found["accuracy"].items():
         table.add_row(f"accuracy: {escape(name)}", *_cells(part))
     for pair in found["compared"]:

@@ -17,16 +17,21 @@ from helpsteer_rloo.training.watch import read_watched
 from tests.test_pipeline import SMALL
 
 
+def run_in(directory, tiny_base, *flags):
+    """Run the pipeline in a directory on few rows; the run's directory and the arguments it was started with."""
+    write_rows(directory / "rows.jsonl", 0, 260)
+    data = [f"--dataset_name={directory / 'rows.jsonl'}", f"--model_name_or_path={tiny_base}"]
+    run = [f"--output_dir={directory / 'run'}", "--allow_weak_reward_model", "--use_peft"]
+    arguments = [*data, *SMALL, *run, *flags]
+    cli.run_pipeline(arguments)
+    return directory / "run", arguments
+
+
 @pytest.fixture(scope="module")
 def guarded(tiny_base, tmp_path_factory):
     """A finished run with a guard: its directory and the arguments it was started with."""
-    directory = tmp_path_factory.mktemp("guarded")
-    write_rows(directory / "rows.jsonl", 0, 260)
-    data = [f"--dataset_name={directory / 'rows.jsonl'}", f"--model_name_or_path={tiny_base}"]
-    run = [f"--output_dir={directory / 'run'}", "--allow_weak_reward_model", "--use_peft", "--guard"]
-    arguments = [*data, *SMALL, *run, "--rloo.watch_steps=1", "--rloo.watch_prompts=5", "--best_of=4"]
-    cli.run_pipeline(arguments)
-    return directory / "run", arguments
+    flags = ["--guard", "--rloo.watch_steps=1", "--rloo.watch_prompts=5", "--best_of=4"]
+    return run_in(tmp_path_factory.mktemp("guarded"), tiny_base, *flags)
 
 
 def test_a_guard_has_the_other_half_of_the_prompts_and_another_seed(guarded):
@@ -78,13 +83,11 @@ def test_nothing_runs_twice_and_another_action_runs_rloo_again(guarded, capsys):
 
 @pytest.fixture(scope="module")
 def ensemble(tiny_base, tmp_path_factory):
-    """A finished run with two reward models, and its flags."""
-    directory = tmp_path_factory.mktemp("ensemble")
-    write_rows(directory / "rows.jsonl", 0, 260)
-    data = [f"--dataset_name={directory / 'rows.jsonl'}", f"--model_name_or_path={tiny_base}"]
-    run = [f"--output_dir={directory / 'run'}", "--allow_weak_reward_model", "--use_peft", "--reward.ensemble=2"]
-    cli.run_pipeline([*data, *SMALL, *run, "--rloo.score_of_ensemble=worst", "--rloo.logging_steps=1"])
-    return directory / "run", [*data, *SMALL, *run]
+    """A finished run with two reward models by the worst, and its arguments for their mean."""
+    by_worst = "--rloo.score_of_ensemble=worst"
+    flags = ["--reward.ensemble=2", "--rloo.logging_steps=1", by_worst]
+    run, arguments = run_in(tmp_path_factory.mktemp("ensemble"), tiny_base, *flags)
+    return run, [flag for flag in arguments if flag != by_worst]
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CHANCE = 0.5
+from helpsteer_rloo.evaluation.preference import CHANCE
+
 SMALL_BIAS = 0.05
 """Share of pairs below which a preference for length or markdown is not worth a warning."""
 FEW_PAIRS = 20

@@ -61,7 +61,8 @@ def train_policy(
     watched, groups = _set_apart(groups, own.watch_prompts, counts) if own.watched else ([], groups)
     setup = build_model_setup(settings, args, task_type="CAUSAL_LM")
     args.model_init_kwargs = setup.init_kwargs
-    scorers = [_scorer(own, directory, tokenizer) for directory in (own.reward_model_path, *own.ensemble_members)]
+    directories = (own.reward_model_path, *own.ensemble_members)
+    scorers = [_scorer(own, directory, tokenizer) for directory in directories]
     reward = EnsembleScorer(scorers, worst=own.score_of_ensemble == "worst") if own.ensemble_members else scorers[0]
     trainer = RLOOTrainer(
         model=setup.base.name,
@@ -72,8 +73,7 @@ def train_policy(
         quantization_config=setup.quantization,
         peft_config=setup.peft,
     )
-    for number, scorer in enumerate(scorers, start=1):
-        directory = own.reward_model_path if number == 1 else own.ensemble_members[number - 2]
+    for number, (scorer, directory) in enumerate(zip(scorers, directories, strict=True), start=1):
         name = REWARD_ADAPTER if number == 1 else f"{REWARD_ADAPTER}-{number}"
         scorer.role = trainer.reward_role(directory, setup.base, name)
     watch = _watch(trainer, settings, setup.base, watched) if watched else None
