@@ -23,11 +23,14 @@ install: $(STAMP) ## the virtual environment, with the exact versions of constra
 demo: $(STAMP) ## the whole pipeline on a small world, on a CPU: reward model, policy, report
 	@"$(VENV)/bin/helpsteer-rloo" demo --config configs/demo.yaml $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# Two workers of one thread each; the tests of a file stay on one worker, because they share what it made.
+PYTEST := OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile
+
 test: $(STAMP) ## the tests that take seconds
-	@"$(PY)" -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP) ## every test
-	@"$(PY)" -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(STAMP) ## lint, format and types
 	@"$(PY)" -m ruff check .
