@@ -88,11 +88,12 @@ def best_of(history: Sequence[Watched], max_kl: float | None = None) -> Watched:
 
     A step without any score is the worst.
     """
-    within = [seen for seen in history if max_kl is None or not _is_over(seen, max_kl)] or history
+    within = [seen for seen in history if max_kl is None or not is_over(seen, max_kl)] or history
     return max(within, key=lambda seen: (-math.inf if math.isnan(seen.merit) else seen.merit, -seen.step))
 
 
-def _is_over(seen: Watched, max_kl: float) -> bool:
+def is_over(seen: Watched, max_kl: float) -> bool:
+    """Whether the mean KL of a step is over a limit, its 95 % interval included."""
     return mean(seen.kl).low > max_kl
 
 
@@ -116,7 +117,7 @@ def alarms(history: Sequence[Watched], max_kl: float | None = None) -> list[Alar
             )
             found.append(Alarm("overoptimization", now.step, sentence, acts=True))
     kl = mean(now.kl)
-    if max_kl is not None and _is_over(now, max_kl):
+    if max_kl is not None and is_over(now, max_kl):
         sentence = f"The KL from the reference is {kl.value:.2f} [{kl.low:.2f}, {kl.high:.2f}] nats, over {max_kl:g}."
         found.append(Alarm("kl", now.step, sentence, acts=True))
     ratio = now.mean_length / max(start.mean_length, 1e-9)

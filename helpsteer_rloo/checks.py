@@ -44,6 +44,10 @@ def check_training(settings: Settings[Any]) -> None:
         value = settings.trl.get(name)
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"--{name} is {value}; expected more than 0{'' if value <= 0 else ', and finite'}.")
+    for name, value in settings.trl.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"--{name} is {value}; expected a finite number.")
     _check_choices(settings.trl)
 
 
@@ -97,8 +101,9 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
 def _check_watch(settings: Settings[RLOOKnobs]) -> None:
     """Check that what is watched can be, and that no setting of the watch or of an ensemble is without effect."""
     own, processes = settings.own, process_count()
-    if not own.watched and own.on_alarm != "rollback":
-        raise ValueError("--on_alarm has no effect without --guard_reward_model, --watch_steps or --max_kl.")
+    if not own.watched and (own.on_alarm != "rollback" or own.watch_prompts != RLOOKnobs().watch_prompts):
+        flag = "--on_alarm" if own.on_alarm != "rollback" else "--watch_prompts"
+        raise ValueError(f"{flag} has no effect without --guard_reward_model, --watch_steps or --max_kl.")
     if own.score_of_ensemble != "mean" and not own.ensemble_members:
         raise ValueError("--score_of_ensemble has no effect without --reward_ensemble.")
     if not own.watched:
@@ -128,6 +133,8 @@ def check_reward(settings: Settings[RewardKnobs]) -> None:
         return
     if trl.get("load_best_model_at_end") is False:
         raise ValueError("--early_stopping_patience ends with the best checkpoint: leave out --load_best_model_at_end.")
+    if trl.get("save_strategy", "steps") != "steps":
+        raise ValueError("--early_stopping_patience goes back to a checkpoint: leave out --save_strategy.")
     if trl.get("eval_strategy", "steps") != "steps" or trl.get("eval_steps", trl["save_steps"]) != trl["save_steps"]:
         raise ValueError(
             "--early_stopping_patience looks at the loss where a checkpoint is saved: --eval_strategy steps, and "

@@ -73,7 +73,7 @@ class CommandSpec(Generic[Knobs]):
         """The message for a name that is not a flag of this command."""
         if name in self.refused:
             return f"{name} cannot be set here: {self.refused[name]}"
-        if not self.trl_classes:
+        if issubclass(self.knobs, PipelineKnobs):
             stages = [stage for stage, command in SECTIONS.items() if name in command.flag_names()]
             if stages:
                 return f"{name} belongs to a stage: give " + " or ".join(f"--{stage}.{name}" for stage in stages)
@@ -206,7 +206,7 @@ def flags_named_of(stage: Literal["reward", "rloo"]) -> Generator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(re.sub(r"--(\w+)\b(?!\.)", of_stage, str(error))) from None
+        raise ValueError(re.sub(r"--(\w+)\b(?!\.\w)", of_stage, str(error))) from None
 
 
 DEFAULT_SEED = 42

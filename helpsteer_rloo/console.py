@@ -114,9 +114,8 @@ def results_table(summary: Mapping[str, Any]) -> Table:
         for name in ("reward", "guard", "gold"):
             if name in best:
                 part = best[name]["policy_minus_best_of_n"]
-                label = f"policy: {name} above best-of-{best['n']:.1f}" + (
-                    "" if best["reaches_the_kl"] else " (less KL)"
-                )
+                at = "the same" if best["reaches_the_kl"] else "less"
+                label = f"policy: {name}, minus best-of-{best['n']:.1f}'s at {at} KL"
                 table.add_row(label, f"{part['value']:+.3f}", _interval(part["interval"]))
         for name, key in (("reward", "reward"), ("guard's score", "guard"), ("gold quality", "gold")):
             if f"{key}_before" in policy:
@@ -134,6 +133,18 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def watch_sentence(watch: Mapping[str, Any]) -> str:
+    """What watching a policy came to."""
+    curve, verdict, back = watch["curve"], watch["verdict"], watch["rolled_back_to"]
+    judge = "reward" if curve[-1]["guard"] is None else "guard's score"
+    best = f"The best step by the {judge} is {watch['best_step']}."
+    seen = f"The policy was looked at {len(curve)} times up to step {curve[-1]['step']}"
+    if verdict is None:
+        return f"{seen}, without an alarm that ends a run. {best}"
+    done = f"The policy is that of step {back}." if back is not None else best
+    return f"{seen}, with an alarm: {verdict['sentence']} {done}"
+
+
 def benchmark_table(found: Mapping[str, Any]) -> Table:
     """The result of an offline benchmark: every number of it, in the order of the result."""
     table = _of_estimates(f"{found['benchmark']}, {found['scored']} items")
@@ -147,7 +158,7 @@ def benchmark_table(found: Mapping[str, Any]) -> Table:
 
 def judgement_table(name: str, judged: Mapping[str, Any]) -> Table:
     """Everything that was measured of a reward model."""
-    table = _of_estimates(f"Reward model {escape(name)}, {judged['heldout_pairs']} held-out pairs")
+    table = _of_estimates(f"Reward model {escape(name)}, {judged['heldout_pairs']} pairs")
     overall = {"value": judged["heldout_accuracy"], "interval": judged["interval"], "count": judged["heldout_pairs"]}
     shown = (
         "by_domain",
@@ -184,8 +195,8 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     for pair in found["compared"]:
         names = escape(f"{pair['second']} - {pair['first']}")
         table.add_row(f"difference: {names}", *_cells(pair["difference"]))
-        table.add_row(f"agreement: {names}", f"{pair['agreement']:.3f}", "")
-        table.add_row(f"McNemar p: {names}", f"{pair['mcnemar_p']:.3g}", "")
+        table.add_row("agreement of the two", f"{pair['agreement']:.3f}", "")
+        table.add_row("McNemar p", f"{pair['mcnemar_p']:.3g}", "")
     return table
 
 

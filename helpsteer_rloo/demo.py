@@ -65,7 +65,8 @@ def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: 
     if given.get("engine") == "trl":  # whose passes cannot be watched
         given = {**given, "guard": False}
     if given.get("guard") is False:
-        rest["rloo"] = {key: value for key, value in (rest.get("rloo") or {}).items() if key != "watch_steps"}
+        watching = ("watch_steps", "watch_prompts")
+        rest["rloo"] = {key: value for key, value in (rest.get("rloo") or {}).items() if key not in watching}
     directory = given.get("output_dir") or rest.get("output_dir") or "runs/demo"
     paths = {
         "output_dir": directory,

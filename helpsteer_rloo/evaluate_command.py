@@ -12,7 +12,7 @@ from helpsteer_rloo.judge_command import JudgeKnobs, own_renderer, run_judgement
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.provenance import provenance
 from helpsteer_rloo.reward_record import check_reward_model
-from helpsteer_rloo.run_dir import write_json
+from helpsteer_rloo.run_dir import require_writable, write_json
 
 if TYPE_CHECKING:
     from helpsteer_rloo.evaluation.benchmarks.items import Benchmark, Item, Scores
@@ -39,7 +39,8 @@ class EvaluateKnobs(JudgeKnobs):
 
 EVALUATE = CommandSpec(
     program="helpsteer-rloo evaluate",
-    description="Judge a reward model on JudgeBench, RM-Bench, RewardBench 2 or preferences in HelpSteer3's schema.",
+    description="Judge a reward model on its held-out pairs, on other preferences, or on a benchmark: JudgeBench, "
+    "RM-Bench, RewardBench 2.",
     knobs=EvaluateKnobs,
 )
 
@@ -66,11 +67,14 @@ def check_evaluate(settings: Settings[EvaluateKnobs]) -> None:
 
 
 _OF_BENCHMARKS = ("benchmark_path", "scores", "dump_scores")
+_OF_MODELS = ("max_length", "batch_size", "trust_remote_code")
 _OF_PAIRS = ("compare_with", "dataset_name", "language", "domains", "skip_bad_rows")
 
 
 def _check_target(own: EvaluateKnobs) -> None:
     """Refuse flags of the other use of the command, with a benchmark or without."""
+    if own.scores is not None and (of_models := [f"--{name}" for name in _OF_MODELS if _is_given(own, name)]):
+        raise ValueError(f"{', '.join(of_models)} has no effect with --scores, where no model is run.")
     strangers = [f"--{name}" for name in (_OF_PAIRS if own.benchmark else _OF_BENCHMARKS) if getattr(own, name)]
     if strangers and own.benchmark:
         raise ValueError(f"{', '.join(strangers)} cannot be used with --benchmark, which is read as it is.")
@@ -80,6 +84,22 @@ def _check_target(own: EvaluateKnobs) -> None:
         raise ValueError("--benchmark_path is missing; expected a file or directory.")
     if (own.reward_model_dir is None) == (own.scores is None):
         raise ValueError("Give either --reward_model_dir or --scores: what is to be judged.")
+    if own.dump_scores is not None and not own.dump_scores.endswith(".jsonl"):
+        raise ValueError(f"--dump_scores {own.dump_scores}: expected a name that ends in .jsonl.")
+    _check_files(own)
+
+
+def _is_given(own: EvaluateKnobs, name: str) -> bool:
+    return getattr(own, name) != getattr(EvaluateKnobs(), name)
+
+
+def _check_files(own: EvaluateKnobs) -> None:
+    """Refuse to write over what is read, and to write two files to one place."""
+    read = {Path(name).resolve() for name in (own.benchmark_path, own.scores, own.dataset_name) if name}
+    for flag, name in (("--output", own.output), ("--dump_scores", own.dump_scores)):
+        if name is not None and Path(name).resolve() in read:
+            raise ValueError(f"{flag} {name} is a file that is read or written already; give another one.")
+        read |= {Path(name).resolve()} if name else set()
 
 
 def run_evaluate(settings: Settings[EvaluateKnobs]) -> None:
@@ -88,6 +108,9 @@ def run_evaluate(settings: Settings[EvaluateKnobs]) -> None:
     Raises:
         ValueError: a file cannot be read, the reward model is none of this project, or nothing could be scored.
     """
+    for flag, name in (("--output", settings.own.output), ("--dump_scores", settings.own.dump_scores)):
+        if name is not None:
+            require_writable(Path(name), flag)
     if not settings.own.benchmark:
         run_judgement(settings.own)
         return

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +51,9 @@ def run_judgement(own: JudgeKnobs) -> None:
     """
     others = [name.strip() for name in (own.compare_with or "").split(",") if name.strip()]
     names = [str(own.reward_model_dir), *others]
-    if len(set(names)) < len(names):
+    if len({Path(name).resolve() for name in names}) < len(names):
         raise ValueError("--compare_with names a reward model twice; give each once.")
-    heldout = set.intersection(*(read_heldout_prompts(name) for name in names if _checked(own, name)))
+    heldout = set.intersection(*(read_heldout_prompts(name) for name in names if _renderer(own, name)))
     if not heldout:
         raise ValueError("No prompt was held out from all of these reward models, so they cannot be compared fairly.")
     judgements: dict[str, Sequence[Judgement]] = {}
@@ -68,14 +68,23 @@ def run_judgement(own: JudgeKnobs) -> None:
 
         report |= {"others": {name: results[name] for name in others}, "comparison": compare(judgements)}
         show(comparison_table(report["comparison"]))
+        for pair in report["comparison"]["compared"]:
+            say(pair["sentence"])
     if own.output:
         write_json(Path(own.output), report)
         say(f"The result is in {own.output}")
 
 
+def _flag(own: JudgeKnobs, name: str) -> str:
+    return "--reward_model_dir" if name == own.reward_model_dir else "--compare_with"
+
+
 def _checked(own: JudgeKnobs, name: str) -> dict[str, Any]:
-    flag = "--reward_model_dir" if name == own.reward_model_dir else "--compare_with"
-    return check_reward_model(name, flag, trusted=own.trust_remote_code)
+    return check_reward_model(name, _flag(own, name), trusted=own.trust_remote_code)
+
+
+def _renderer(own: JudgeKnobs, name: str) -> "Renderer":
+    return own_renderer(name, _checked(own, name), _flag(own, name), trusted=own.trust_remote_code)
 
 
 def _judged(own: JudgeKnobs, directory: str, heldout: set[str]) -> "tuple[list[Judgement], dict[str, Any]]":
@@ -84,14 +93,21 @@ def _judged(own: JudgeKnobs, directory: str, heldout: set[str]) -> "tuple[list[J
     from helpsteer_rloo.model.memory import release
 
     record = _checked(own, directory)
-    renderer = own_renderer(directory, record, "--reward_model_dir", trusted=own.trust_remote_code)
+    renderer = _renderer(own, directory)
     first = str(own.reward_model_dir)  # whose data all are judged on
     knobs = data_knobs(own, first, _checked(own, first))
     longest = own.max_length or record["rendering"]["max_length"]
     knobs = dataclasses.replace(knobs, thinking=record["thinking"], max_length=longest)
-    groups, counts = heldout_pairs(knobs, renderer, heldout)
+    try:
+        groups, counts = heldout_pairs(knobs, renderer, heldout)
+    except ValueError as error:
+        hint = "" if own.dataset_name else f"\nThe data are those of {first}'s training; --dataset_name names others."
+        raise ValueError(f"{error}{hint}") from None
+    if directory == first:
+        _say_what_is_left_out(counts, len(heldout))
     pairs = sum(len(group.preferences) for group in groups)
-    say(f"{directory}: {pairs} pairs on {len(groups)} prompts of {knobs.dataset_name}.")
+    listed = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
+    say(f"{directory}: {pairs} pairs on {len(groups)} prompts of {knobs.dataset_name} ({listed}).")
     model: Model = load_reward_model(directory)[0]
     judgements, result = judge_reward_model(model, renderer, groups, own.batch_size, knobs.max_length)
     del model
@@ -125,7 +141,10 @@ def data_knobs(own: JudgeKnobs, directory: str, record: dict[str, Any]) -> DataK
     values |= {name: value for name, value in given.items() if value is not None}
     if own.dataset_name is not None:
         values["dataset_revision"] = None
-    return DataKnobs(**values)
+    try:
+        return DataKnobs(**values)
+    except ValueError as error:
+        raise ValueError(f"{Path(directory) / REWARD_MODEL_RECORD}, or a flag that replaces it: {error}") from None
 
 
 def _trained_with(directory: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +166,17 @@ def _trained_with(directory: str, record: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _say_what_is_left_out(counts: Mapping[str, int], heldout: int) -> None:
+    found, prompts = counts["heldout_prompts"], counts["prompts"]
+    if not found:
+        say("WARNING: no prompt of this data set was held out in training; all of its pairs are judged.")
+    elif found < heldout:
+        say(
+            f"Of the {heldout} prompts held out in training {found} are in these data; the {prompts - found} other "
+            "prompts may have been trained on, and are left out."
+        )
+
+
 def heldout_pairs(
     knobs: DataKnobs, renderer: "Renderer", heldout: set[str]
 ) -> "tuple[list[TokenGroup], dict[str, int]]":
@@ -155,7 +185,7 @@ def heldout_pairs(
     A prompt of another data set that was trained on cannot be told from one that was not, which `counts` leaves to see.
 
     Returns:
-        The pairs as token groups, and counts of prompts and of what was left out.
+        The pairs as token groups, and counts: rows, prompts, what was left out and what was cut, by reason.
 
     Raises:
         ValueError: no pair is left.
@@ -163,13 +193,14 @@ def heldout_pairs(
     from helpsteer_rloo.data.helpsteer3 import load_corpus, prompt_key
     from helpsteer_rloo.data.preparation import FitCounts, tokenize_groups
 
-    prompts = [group for groups in load_corpus(knobs).groups.values() for group in groups]
+    corpus = load_corpus(knobs)
+    prompts = [group for groups in corpus.groups.values() for group in groups]
     unseen = [group for group in prompts if prompt_key(group.prompt) in heldout]
-    if not unseen:
-        say("WARNING: no prompt of this data set was held out from the reward model; all of its pairs are judged.")
-    counts, fit = Counter({"prompts": len(prompts), "heldout_prompts": len(unseen)}), FitCounts()
+    counts = Counter({"rows": corpus.counts.rows, "prompts": len(prompts), "heldout_prompts": len(unseen)})
+    counts.update({**corpus.counts.bad_rows, **corpus.counts.not_selected, **corpus.counts.dropped})
+    fit = FitCounts()
     groups = tokenize_groups(unseen or prompts, renderer, knobs, fit)
-    counts.update(fit.dropped)
+    counts.update({**fit.dropped, "context_cut": fit.context_cut, "response_cut": fit.response_cut})
     if not groups:
         raise ValueError(
             f"{knobs.dataset_name}: no pair is left to judge ({dict(counts)}); give a larger --max_length."

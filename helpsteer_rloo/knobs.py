@@ -215,6 +215,7 @@ class RLOOKnobs(EngineKnobs):
         _require_directory("output_dir", self.output_dir)
         _require(self.cliprange > 0, "cliprange", self.cliprange, "more than 0")
         check_estimators(self, self.kl_coef)
+        _require(self.importance_cap < math.inf, "importance_cap", self.importance_cap, "a finite number")
         _require(self.response_length >= 1, "response_length", self.response_length, "at least 1 token")
         for name in ("watch_steps", "watch_prompts"):
             value = getattr(self, name)
@@ -223,7 +224,9 @@ class RLOOKnobs(EngineKnobs):
             self.score_of_ensemble in ("mean", "worst"), "score_of_ensemble", self.score_of_ensemble, "mean or worst"
         )
         _require(self.on_alarm in ACTIONS, "on_alarm", self.on_alarm, ", ".join(ACTIONS))
-        _require(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "more than 0 nats")
+        _require(
+            self.max_kl is None or 0 < self.max_kl < math.inf, "max_kl", self.max_kl, "more than 0 nats, and finite"
+        )
         _require_directory("guard_reward_model", self.guard_reward_model)
 
     def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:
@@ -292,7 +295,7 @@ def check_estimators(given: Any, kl_coef: float) -> None:
     alone = place == "loss" and named == "k1"
     _require(not alone, "kl_in", place, "reward with k1, whose mean gradient in the loss is zero; or k2 or k3")
     if given.target_kl is not None:
-        _require(given.target_kl > 0, "target_kl", given.target_kl, "more than 0 nats")
+        _require(0 < given.target_kl < math.inf, "target_kl", given.target_kl, "more than 0 nats, and finite")
         _require(kl_coef > 0, "target_kl", given.target_kl, "--kl_coef above 0, which it is adapted from")
     kinds = ("none", "token", "sequence")
     _require(correction in kinds, "importance_correction", correction, "none, token or sequence")

@@ -11,6 +11,7 @@ from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
 from helpsteer_rloo.console import results_table, say, show
 from helpsteer_rloo.heartbeat import beating
+from helpsteer_rloo.identity import reward_model_identity
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import is_main_process, process_count
 from helpsteer_rloo.provenance import provenance
@@ -97,12 +98,19 @@ def _check_others(
 ) -> None:
     """Look at the guard and the ensemble before any work, but for those that the run trains itself.
 
-    They have to read what the reward model does, which was trained on sequences of `longest` tokens.
+    They have to read what the reward model does, which was trained on sequences of `longest` tokens, and to be others.
+
+    Raises:
+        ValueError: one is not to be used, or the same as another.
     """
-    guard = settings.own.guard_reward_model
-    given = {} if guard is None or own_guard else {guard: "--guard_reward_model"}
-    given |= {} if own_members else dict.fromkeys(settings.own.ensemble_members, "--reward_ensemble")
-    for directory, flag in given.items():
+    own, seen = settings.own, _names(settings.own.reward_model_path)
+    given = [] if own_members else [(directory, "--reward_ensemble") for directory in own.ensemble_members]
+    if own.guard_reward_model is not None and not own_guard:
+        given.append((own.guard_reward_model, "--guard_reward_model"))
+    for directory, flag in given:
+        if seen & _names(directory):
+            raise ValueError(f"{flag} {directory} is a reward model that this run has already; give another one.")
+        seen |= _names(directory)
         trusted = bool(settings.trl.get("trust_remote_code"))
         record = check_reward_model(directory, flag, trusted=trusted)
         limit = record["rendering"]["max_length"]
@@ -114,6 +122,12 @@ def _check_others(
                 f"{flag} {directory} was trained on at most {limit} tokens, the reward model on {longest}: give one "
                 "that was trained with the same --max_length."
             )
+
+
+def _names(directory: str) -> set[Path | str]:
+    """What tells a reward model from others, also from its copy."""
+    identity = reward_model_identity(Path(directory))
+    return {Path(directory).resolve(), *([identity] if identity else [])}
 
 
 def run_pipeline(

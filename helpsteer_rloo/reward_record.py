@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, read_json
+from helpsteer_rloo.weights import check_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Types that the weights of a model can be held in."""
@@ -36,7 +37,7 @@ _HELDOUT: Shape = {
     "better_than_chance": (bool,),
 }
 _PROMPT_KEY = re.compile(r"[0-9a-f]{32}")
-_OTHER = "train the reward model again, or give another --reward_model_path."
+_OTHER = "train the reward model again, or give another one."
 _AGAIN = f"it is damaged or older than this: {_OTHER}"
 
 
@@ -51,7 +52,7 @@ def read_reward_record(directory: str | Path) -> dict[str, Any]:
     if record is None:
         raise ValueError(
             f"{directory}: no {REWARD_MODEL_RECORD} here, so this is not a reward model that reward_model_training.py "
-            "finished. Train one first, or give its directory with --reward_model_path."
+            "finished. Train one first, or give the directory of one."
         )
     _check(path, "", record, _RECORD)
     check_base_record(path, record["base"])
@@ -99,6 +100,7 @@ def check_reward_model(directory: str | Path, flag: str, *, trusted: bool) -> di
         _check(path / REWARD_MODEL_RECORD, "", record, {"heldout": (dict,)})
         _check(path / REWARD_MODEL_RECORD, "heldout", record["heldout"], _HELDOUT)
     read_heldout_prompts(path)
+    check_weights(path, "adapter_model" if record["adapter"] else "model", needed="score")
     if record["base"].get("trust_remote_code") and not trusted:
         raise ValueError(
             f"{path / REWARD_MODEL_RECORD}: the base {record['base']['name']!r} runs code of its own. If you trust it, "

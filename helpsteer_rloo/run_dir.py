@@ -81,8 +81,31 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def require_writable(path: Path, flag: str) -> None:
+    """Say before any work that a file cannot be written where a flag says.
+
+    Raises:
+        ValueError: it is no place for a file, or not to be written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: no file can be written there ({error}); give another name.") from None
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes atomically, as `write_text` does; the directory must exist."""
+    """Write bytes atomically, as `write_text` does; the directory must exist. A device or pipe is written to as it is.
+
+    Where the path is a symbolic link, the file that it leads to is replaced.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

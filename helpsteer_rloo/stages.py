@@ -140,7 +140,8 @@ def _run_one(run: RunDir, stage: Stage, key: str, say: Say) -> None:
         return
     if main:
         goes_on = _begin(run, stage, key, say)
-        say(f"Stage {stage.name}" + (" goes on." if goes_on else "."))
+        has_checkpoint = stage.directory is not None and any(stage.directory.glob("checkpoint-*"))
+        say(f"Stage {stage.name}" + (" goes on." if goes_on and has_checkpoint else "."))
     begin = time.monotonic()
     outputs = stage.run()
     if not main:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import Settings
-from helpsteer_rloo.console import data_table, findings_table, predictions_table, say, show
+from helpsteer_rloo.console import data_table, findings_table, predictions_table, say, show, watch_sentence
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.identity import effective_settings, reward_model_identity, tokenizer_identity
 from helpsteer_rloo.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
@@ -236,13 +236,15 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         revision = settings.trl.get("model_revision")
         other = model != context.model
         tokenizer = load_tokenizer(model, revision, trust_remote_code=trusted) if other else context.tokenizer
-        check_base(model, tokenizer, trust_remote_code=trusted)
+        check_base(model, tokenizer, trust_remote_code=trusted, samples=True)
         groups = context.prepared.corpus.groups
         with passed_on_explained(settings.trl), lost_processes_explained(settings.own.output_dir):
             training = train_policy(settings, tokenizer, groups["train"], groups["validation"])
         release()
         if not is_main_process():
             return {}
+        if "watch" in training:
+            say(watch_sentence(training["watch"]))
         record = _policy_record(settings, training)
         write_text(directory / "README.md", policy_card(record))
         write_json(directory / POLICY_RECORD, record)
@@ -342,7 +344,7 @@ def evaluation_stage(
         pair = PolicyPair(Base(**record["base"]), Path(settings.own.output_dir), record["adapter"])
         judges = Judges(settings.own.reward_model_path, settings.own.guard_reward_model, gold)
         result, samples = evaluate_policy(pair, judges, context.tokenizer, groups, knobs)
-        write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples))
+        write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in samples))
         return {**result, "heldout_prompts": counts}
 
     return Stage("evaluation", inputs, work, artefacts=(run.samples,), needs=("data", "rloo"))

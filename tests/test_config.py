@@ -479,7 +479,7 @@ def test_what_yaml_reads_as_a_boolean_is_no_text(write, refused):
             ["--kl_in", "loss"],
             "--kl_in is 'loss'; expected reward with k1, whose mean gradient in the loss is zero",
         ),
-        (RLOO, ["--target_kl", "0"], "--target_kl is 0.0; expected more than 0 nats."),
+        (RLOO, ["--target_kl", "0"], "--target_kl is 0.0; expected more than 0 nats, and finite."),
         (RLOO, ["--target_kl", "5", "--kl_coef", "0"], "--target_kl is 5.0; expected --kl_coef above 0"),
         (RLOO, ["--importance_correction", "all"], "--importance_correction is 'all'; expected none, token or"),
         (RLOO, ["--importance_cap", "0"], "--importance_cap is 0.0; expected more than 0."),

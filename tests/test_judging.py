@@ -157,7 +157,12 @@ def test_an_ensemble_scores_by_mean_or_worst_and_says_how_far_it_is_apart(worst)
             "--reward.eval_steps as --reward.save_steps",
         ),
         (["--rloo.on_alarm=panic"], "--rloo.on_alarm is 'panic'; expected rollback, stop, warn."),
-        (["--rloo.max_kl=0"], "--rloo.max_kl is 0.0; expected more than 0 nats."),
+        (["--rloo.max_kl=0"], "--rloo.max_kl is 0.0; expected more than 0 nats, and finite."),
+        (["--rloo.max_kl=inf"], "--rloo.max_kl is inf; expected more than 0 nats, and finite."),
+        (["--rloo.importance_cap=inf"], "--rloo.importance_cap is inf; expected a finite number."),
+        (["--reward.center_rewards_coefficient=nan"], "--reward.center_rewards_coefficient is nan; expected a finite"),
+        (["--rloo.watch_prompts=3"], "--rloo.watch_prompts has no effect without"),
+        (["--reward.early_stopping_patience=2", "--reward.save_strategy=no"], "leave out --reward.save_strategy"),
         (["--rloo.watch_steps=0"], "--rloo.watch_steps is 0; expected at least 1."),
         (["--reward.half=third"], "--reward.half is 'third'; expected all, first or second."),
         (["--reward.loss=hinge"], "--reward.loss is 'hinge'; expected bt, margin, scaled."),
@@ -268,3 +273,38 @@ def test_a_record_with_strange_settings_is_refused(guarded, tmp_path, settings, 
         cli.evaluate([f"--reward_model_dir={tmp_path / 'model'}"])
     assert ended.value.code == 1
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_reward_model_cannot_be_its_own_guard(guarded, tmp_path, capsys, copied):
+    run, _ = guarded
+    reward = run / "reward_model"
+    guard = shutil.copytree(reward, tmp_path / "copy") if copied else reward
+    flags = ["--model_name_or_path=x", f"--reward_model_path={reward}", f"--guard_reward_model={guard}"]
+    with pytest.raises(SystemExit):
+        cli.train_policy([*flags, "--response_length=16", f"--output_dir={tmp_path / 'policy'}"])
+    assert "is a reward model that this run has already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_left_out_of_a_judgement_is_counted(guarded, tmp_path, capsys):
+    run, _ = guarded
+    rows = [json.loads(line) for line in (run.parent / "rows.jsonl").read_text().splitlines()]
+    rows[3]["response1"] = 7
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--reward_model_dir={run / 'reward_model'}", f"--dataset_name={tmp_path / 'rows.jsonl'}"]
+    cli.evaluate([*flags, "--skip_bad_rows", f"--output={tmp_path / 'r.json'}"])
+    counts = json.loads((tmp_path / "r.json").read_text())["counts"]
+    assert counts["rows"] == 260
+    assert counts["response1: expected a string, got int"] == 1
+    assert counts["tie"] > 0
+    assert "response1: expected a string, got int 1" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["", "file/x.json"])
+def test_a_place_that_no_result_can_be_written_to_is_refused_at_once(guarded, tmp_path, capsys, name):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        cli.evaluate([f"--reward_model_dir={guarded[0] / 'reward_model'}", f"--output={tmp_path / name}"])
+    said = capsys.readouterr()
+    assert "no file can be written there" in said.err
+    assert "pairs on" not in said.out

@@ -38,6 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "reward_record",
             "objectives",
             "statistics",
+            "weights",
         }
     ),
     frozenset({"data", "rendering", "packing"}),

@@ -4,8 +4,10 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from helpsteer_rloo.reward_record import check_reward_model
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD
@@ -39,6 +41,8 @@ def checked(record, keys):
         directory = Path(folder)
         (directory / REWARD_MODEL_RECORD).write_text(json.dumps(record))
         (directory / HELDOUT_PROMPTS).write_bytes(keys)
+        for name in ("adapter_model", "model"):
+            save_file({"score.weight": np.zeros((1, 4))}, directory / f"{name}.safetensors")
         try:
             return check_reward_model(directory, "--reward_model_path", trusted=False)
         except ValueError as error:

@@ -88,15 +88,19 @@ def _nothing_left(knobs: DataKnobs, counts: Counts) -> str:
     )
 
 
-def read_all(files: Iterable[RowFile], knobs: DataKnobs, counts: Counts) -> Iterator[Row]:
-    """Read and validate the rows of all files; bad ones raise, or are counted with `skip_bad_rows`."""
+def read_all(
+    files: Iterable[RowFile],
+    knobs: DataKnobs,
+    counts: Counts,
+    hint: str = "Mend or remove the row, or pass --skip_bad_rows to count and skip such rows.",
+) -> Iterator[Row]:
+    """Read and validate the rows of all files; bad ones raise with a hint, or are counted with `skip_bad_rows`."""
     for file in files:
         for raw in read_rows(file):
             try:
                 yield _validated(raw, counts, knobs.html_entities)
             except BadRowError as error:
                 if not knobs.skip_bad_rows:
-                    hint = "Mend or remove the row, or pass --skip_bad_rows to count and skip such rows."
                     raise ValueError(f"{error}\n{hint}") from None
                 counts.bad_rows[f"{error.field}: {error.reason}"] += 1
             finally:

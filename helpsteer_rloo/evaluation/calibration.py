@@ -97,8 +97,10 @@ def _ece(confidence_n: Weights, right_n: Weights, clusters: Sequence[Hashable]) 
     """The error, with the basic interval of the bootstrap: resampling adds the bias of chance a second time."""
     in_bin_nb = np.eye(BINS)[_bins(confidence_n)]
     found = bootstrap(lambda w: _errors(confidence_n, right_n, in_bin_nb, w), clusters)
-    low, high = (max(0.0, 2 * found.value - end) for end in (found.high, found.low))
-    return replace(found, low=low, high=high)
+    if math.isnan(found.low):
+        return found
+    low, high = 2 * found.value - found.high, 2 * found.value - found.low
+    return replace(found, low=max(0.0, min(low, found.value)), high=max(high, found.value))
 
 
 def _errors(confidence_n: Weights, right_n: Weights, in_bin_nb: Weights, weights_rn: Weights) -> Weights:

@@ -16,7 +16,7 @@ MOST_DISAGREEMENTS = 20
 def compare(judged: Mapping[str, Sequence[Judgement]]) -> dict[str, Any]:
     """Every two of several models, by name, on the pairs that all of them judged.
 
-    - difference: accuracy of the second minus that of the first, pair by pair.
+    - difference: accuracy of the second minus that of the first, pair by pair; `sentence` says what that means.
     - mcnemar_p: two-sided exact p-value of McNemar's test, which takes pairs on one prompt for independent.
     - agreement: share of the pairs in which both prefer the same response.
     - rank_correlation: Spearman's, of the margins.
@@ -39,10 +39,19 @@ def compare(judged: Mapping[str, Sequence[Judgement]]) -> dict[str, Any]:
         "accuracy": {name: proportion([j.right for j in found], owners).to_json() for name, found in common.items()},
         "agreement": {one: {other: _agreement(common[one], common[other]) for other in common} for one in common},
         "compared": [
-            {"first": one, "second": other, **_compared(common[one], common[other], owners)}
+            {"first": one, "second": other, "sentence": _sentence(one, other, found["difference"]), **found}
             for one, other in combinations(common, 2)
+            for found in [_compared(common[one], common[other], owners)]
         ],
     }
+
+
+def _sentence(first: str, second: str, difference: Mapping[str, Any]) -> str:
+    low, high = difference["interval"]
+    shown = f"by {difference['value']:+.1%} of the pairs" + ("" if low is None else f" [{low:+.1%}, {high:+.1%}]")
+    if low is None or low <= 0 <= high:
+        return f"{second} is not significantly better or worse than {first}: right more often {shown}."
+    return f"{second} is {'better' if low > 0 else 'worse'} than {first}: right more often {shown}."
 
 
 def _compared(one: Sequence[Judgement], other: Sequence[Judgement], owners: Sequence[int]) -> dict[str, Any]:

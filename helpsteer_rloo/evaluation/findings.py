@@ -97,14 +97,16 @@ def _of_labels(judged: Mapping[str, Any]) -> Iterator[Finding]:
         "ceiling",
         most,
         False,
-        f"By its annotators' agreement, a judge without a fault would be right in {_percent(most)}.",
+        f"By its annotators' agreement, a judge without a fault would be right in at most {_percent(most)}, if they "
+        "share no mistake.",
     )
 
 
 def _of_calibration(found: Mapping[str, Any]) -> Iterator[Finding]:
     ece, temperature = found["ece"], found["temperature"]
     off = ece["interval"][0] is not None and ece["interval"][0] > max(0.02, found["ece_if_calibrated"])
-    sentence = f"Its probabilities are off by {_percent(ece)} on average"
+    sentence = f"Its probabilities are off by {_percent(ece)} on average, where chance alone gives "
+    sentence += f"{found['ece_if_calibrated']:.1%}"
     if temperature is not None and off:
         kind = "over-confident" if temperature > 1 else "under-confident"
         sentence += f"; it is {kind}: margins divided by {temperature:.2f} fit the labels best"

@@ -1,5 +1,6 @@
 """Judging a policy: answers of the untrained and the trained model to the same held-out prompts, same seeds."""
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -157,6 +158,8 @@ def _scored(
             for place, prompt in enumerate(prompts)
         ]
         scores = role.score(groups, batch_size) if each else []
+        if not all(math.isfinite(score) for own in scores for score in own):
+            raise ValueError(f"The scores of the reward model in {directory} are not finite: it is damaged.")
         scored.append(replace(side, **{column: [score for own in scores for score in own]}))
     del role
     release()

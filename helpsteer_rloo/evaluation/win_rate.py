@@ -31,10 +31,10 @@ def length_controlled_win_rate(changes: Sequence[float], longer: Sequence[int]) 
         longer: Tokens of the new answer minus those of the old one.
     """
     wins_n, longer_n = _wins(changes), np.asarray(longer, dtype=float)
-    if len(set(wins_n.tolist())) == 1:
+    if longer_n.min() > 0 or longer_n.max() < 0:
+        return None
+    if not longer_n.any() or len(set(wins_n.tolist())) == 1:
         return win_rate(changes)
-    if longer_n.min() > 0 or longer_n.max() < 0 or longer_n.std() == 0:
-        return None if longer_n.any() else win_rate(changes)
     deviation = float(longer_n.std())
     design_n2 = np.stack([np.ones(len(wins_n)), np.tanh(longer_n / deviation)], axis=1)
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from helpsteer_rloo import reward_record
 from helpsteer_rloo.run_dir import read_json
+from helpsteer_rloo.weights import COPY_AGAIN, check_weights, weight_shapes
 
 Model = PreTrainedModel | PeftModel
 
@@ -63,25 +64,24 @@ def load_tokenizer(
         ValueError: it cannot be fetched or read.
     """
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        read_json(Path(name) / file, _COPY_AGAIN)
+        read_json(Path(name) / file, COPY_AGAIN)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:  # the latter two: a file that is JSON of another shape
         raise ValueError(_cannot_load("tokenizer", name, error)) from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise ValueError(f"The tokenizer of {name!r} has no vocabulary: text becomes nothing. {_COPY_AGAIN}")
+        raise ValueError(f"The tokenizer of {name!r} has no vocabulary: text becomes nothing. {COPY_AGAIN}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-_COPY_AGAIN = "Copy the model's directory again, with all of its files."
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return f"The {what} {name!r} comes with code of its own. If you trust it, give --trust_remote_code true."
+    if Path(name).is_dir():
+        return f"Could not load the {what} in {name}: {reason}\n{COPY_AGAIN}"
     return (
         f"Could not fetch the {what} {name!r}: {reason}\n"
         "Check the name and the network, or pass a directory that holds the model: --model_name_or_path PATH."
@@ -121,82 +121,30 @@ def read_reward_record(directory: str | Path) -> dict[str, Any]:
     """
     record = reward_record.read_reward_record(directory)
     if record["adapter"]:
-        read_json(Path(directory) / "adapter_config.json", _COPY_AGAIN)
+        read_json(Path(directory) / "adapter_config.json", COPY_AGAIN)
         try:
             if PeftConfig.from_pretrained(str(directory)).peft_type is None:
                 raise ValueError("it does not say which kind of adapter this is")
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{directory}/adapter_config.json cannot be used ({error}). {_COPY_AGAIN}") from None
+            raise ValueError(f"{directory}/adapter_config.json cannot be used ({error}). {COPY_AGAIN}") from None
     check_weights(directory, "adapter_model" if record["adapter"] else "model", needed="score")
     return record
 
 
-def check_weights(directory: str | Path, stem: str = "model", needed: str | None = None) -> None:
-    """Look at the weights of a local model before anything is loaded from it; what they hold is not read.
-
-    Only safetensors are taken: a pickle, which is what `pytorch_model.bin` is, can run code when it is opened.
-
-    Args:
-        directory: Of the model.
-        stem: Name of its weights, without ending: "model" or "adapter_model".
-        needed: Part of the name of a tensor that has to be among them.
-
-    Raises:
-        ValueError: there are none, or only as a pickle; a file cannot be read or lies elsewhere; `needed` is missing.
-    """
-    shapes = weight_shapes(directory, stem)
-    if needed is not None and not any(needed in name for name in shapes):
-        raise ValueError(
-            f"{Path(directory) / stem}.safetensors has no scalar head ({needed!r}), so its scores would be random. "
-            "Give --reward_model_path a reward model that reward_model_training.py trained."
-        )
-
-
-def weight_shapes(directory: str | Path, stem: str = "model") -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a local model's tensors, from the headers of its safetensors files.
-
-    Raises:
-        ValueError: there are no such files, or one cannot be read or lies elsewhere.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(Path(directory), stem):
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({error}). Is the file complete? Copy it again, or train again."
-            ) from None
-    return shapes
-
-
-def _weight_files(directory: Path, stem: str) -> list[Path]:
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if index.exists():
-        names = sorted(set((read_json(index) or {}).get("weight_map", {}).values()))
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{index}: the file {name!r} is not in the directory of the model; it is not read.")
-        return [directory / name for name in names]
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{directory}: the weights are only there as {', '.join(pickles)}, a format that can run code when it is "
-            "opened. Convert them with their maker's tools to safetensors, or take a model that has them."
-        )
-    raise ValueError(f"{directory}: no weights here; expected {single.name}.")
-
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def check_base(name: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> None:
+def check_base(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False, samples: bool = False
+) -> None:
     """Look at a local model that training is to start from: its configuration, weights, and vocabulary.
 
+    Args:
+        name: Of the model; nothing is looked at if that is no directory.
+        tokenizer: That goes with it.
+        trust_remote_code: Whether its own code may be run.
+        samples: Whether it is to write text, and so needs a vocabulary head.
+
     Raises:
-        ValueError: one of them cannot be read, or the tokenizer has more tokens than the model has embeddings.
+        ValueError: one of them cannot be read, weights are missing, or the tokenizer has more tokens than the model has
+            embeddings.
     """
     if not Path(name).is_dir():
         return
@@ -212,44 +160,72 @@ def check_base(name: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_co
             f"{name}: the model has a vocabulary of {embeddings}, its tokenizer one of {tokens}; they are not of one "
             "model. Give --model_name_or_path a directory with both."
         )
-    _check_fit(name, config)
+    _check_fit(name, config, samples=samples)
 
 
-def _check_fit(name: str, config: PretrainedConfig) -> None:
-    """Compare the weights' shapes with those of an empty model; names that only one side has are loading's to judge."""
+def _check_fit(name: str, config: PretrainedConfig, *, samples: bool) -> None:
+    """Compare the weights with those of an empty model: their shapes, and where names are plain which there are."""
     found = weight_shapes(name)
     if getattr(config, "quantization_config", None) is not None or getattr(config, "auto_map", None):
         return  # packed weights have shapes of their own, and code of the model's own is not run for a check
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    for tensor, parameter in model.state_dict().items():
+    expected = model.state_dict()
+    if config.model_type in _PLAIN and any(tensor.startswith("model.") for tensor in found):
+        tied = getattr(model, "all_tied_weights_keys", {})
+        needed = [key for key in expected if key not in tied and (samples or key.startswith("model."))]
+        if missing := [key for key in needed if key not in found]:
+            raise ValueError(
+                f"{name}: {len(missing)} weights are missing ({missing[0]}, for one), which would be random. "
+                f"{COPY_AGAIN}"
+            )
+    for tensor, parameter in expected.items():
         if found.get(tensor, parameter.shape) != tuple(parameter.shape):
             raise ValueError(
                 f"{name}: the weights do not fit config.json: {tensor} is {found[tensor]} in model.safetensors, where "
-                f"{tuple(parameter.shape)} is expected. {_COPY_AGAIN}"
+                f"{tuple(parameter.shape)} is expected. {COPY_AGAIN}"
             )
+
+
+_PLAIN = ("llama", "qwen3")
+"""Types of models whose weights have the same names in files and in transformers' modules."""
 
 
 def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
     """Load a reward model this project trained, with its record, ready for scoring.
 
     Raises:
-        ValueError: the directory is not a reward model of this project, or its base model cannot be fetched.
+        ValueError: the directory is not a reward model of this project, some of its weights are missing, or its base
+            model cannot be fetched.
     """
     directory = Path(directory)
     record = read_reward_record(directory)
     base = Base(**record["base"])
-    loader = AutoModelForSequenceClassification.from_pretrained
     try:
         if record["adapter"]:
-            with _without_load_report():  # the base has no `score` head; the adapter brings it
-                model: Model = loader(base.name, num_labels=1, **base.load_kwargs())
-            model = PeftModel.from_pretrained(model, str(directory))
+            model, missing = _classifier(base)
+            missing.discard("score.weight")  # which the adapter brings
+            model = PeftModel.from_pretrained(cast(Any, model), str(directory))
+            own = get_peft_model_state_dict(model, save_embedding_layers=False)
+            missing |= own.keys() - weight_shapes(directory, "adapter_model").keys()
         else:
-            model = loader(str(directory), num_labels=1, **dataclasses.replace(base, revision=None).load_kwargs())
+            model, missing = _classifier(dataclasses.replace(base, name=str(directory), revision=None))
     except _UNREADABLE as error:
         raise ValueError(_cannot_load("reward model", str(directory), error)) from None
+    if missing:
+        raise ValueError(
+            f"The reward model in {directory} lacks {len(missing)} of its weights ({min(missing)}, for one), which "
+            f"would be random. {COPY_AGAIN}"
+        )
     return _ready(model), record
+
+
+def _classifier(base: Base) -> tuple[Model, set[str]]:
+    """A sequence classifier with one score, and the names of the weights that it did not find."""
+    loader = AutoModelForSequenceClassification.from_pretrained
+    with _without_load_report():
+        model, report = loader(base.name, num_labels=1, output_loading_info=True, **base.load_kwargs())
+    return model, set(report["missing_keys"])
 
 
 @contextmanager

@@ -14,7 +14,12 @@ def pair_dataset(groups: Sequence[TokenGroup], own: RewardKnobs) -> Dataset:
 
     With `loss` "margin" also `margin`, the strength of the preference; with `loss` "scaled" or `weight_by_agreement`
     also `weight`, the product of what the two ask for.
+
+    Raises:
+        ValueError: weights by agreement are asked for, and no pair has annotators, or none an annotator on its side.
     """
+    if own.weight_by_agreement:
+        _check_annotators([preference for group in groups for preference in group.preferences])
     return Dataset.from_list(
         [
             {
@@ -35,6 +40,15 @@ def _targets(preference: Preference, own: RewardKnobs) -> dict[str, Any]:
         weight = float(preference.strength) if own.loss == "scaled" else 1.0
         targets["weight"] = weight * (agreement(preference) if own.weight_by_agreement else 1.0)
     return targets
+
+
+def _check_annotators(preferences: Sequence[Preference]) -> None:
+    if not any(preference.annotators for preference in preferences):
+        raise ValueError(
+            "--weight_by_agreement has nothing to weigh by: no row of the training data has individual_preference."
+        )
+    if not any(map(agreement, preferences)):
+        raise ValueError("--weight_by_agreement: all annotators contradict their labels. Are the labels inverted?")
 
 
 def agreement(preference: Preference) -> float:

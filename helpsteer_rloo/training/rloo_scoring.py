@@ -275,7 +275,9 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
         by_source_BF = self._calculate_rewards(with_ids, rollout.prompts, rollout.completions, rollout.completion_ids)
         unclipped_B = (by_source_BF * self.reward_weights.to(device)).nansum(dim=1)
         unclipped_B[by_source_BF.isnan().all(dim=1)] = torch.nan
-        score_B = unclipped_B.clamp(*self.reward_clip_range) if self.reward_clip_range else unclipped_B
+        score_B = unclipped_B
+        if self.reward_clip_range:  # which must not make a broken score a good one
+            score_B = torch.where(unclipped_B.isinf(), unclipped_B, unclipped_B.clamp(*self.reward_clip_range))
         told = [[float(not ended), float(length)] for ended, length in zip(rollout.ended, rollout.lengths, strict=True)]
         return Scores(by_source_BF, unclipped_B, score_B, *gathered(torch.tensor(told, device=device)).unbind(1))
 

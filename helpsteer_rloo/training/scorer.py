@@ -1,6 +1,7 @@
 """A trained reward model as a reward function for RLOO: it scores the very ids that were sampled."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +35,10 @@ class RewardModelScorer:
     def __call__(
         self, *, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """One score a completion, in the order given.
+        """One score a completion, in the order given; minus infinity where the model's is not finite.
+
+        A broken score must not pass for a missing one, which NaN is among rewards: infinite, it spoils the step, which
+        is skipped and counted.
 
         Raises:
             RuntimeError: no reward model was bound.
@@ -55,7 +59,7 @@ class RewardModelScorer:
         ]
         whole = max(self.batch_size, *(len(group.continuation_ids) for group in groups))  # cut, it would cost more
         scored = self._at_once.run(partial(self.role.score, groups), whole, 1)
-        return [score for scores in scored for score in scores]
+        return [score if math.isfinite(score) else -math.inf for scores in scored for score in scores]
 
 
 class EnsembleScorer:
@@ -76,6 +80,6 @@ class EnsembleScorer:
     def __call__(self, *, log_metric: Callable[[str, float], None] | None = None, **given: Any) -> list[float]:
         """One score a completion, in the order given; the arguments are those of `RewardModelScorer`."""
         scores_MB = np.array([member(**given) for member in self.members])
-        if log_metric is not None and scores_MB.size:
+        if log_metric is not None and scores_MB.size and np.isfinite(scores_MB).all():
             log_metric("ensemble/disagreement", float(scores_MB.std(axis=0).mean()))
         return (scores_MB.min(axis=0) if self._worst else scores_MB.mean(axis=0)).tolist()

@@ -10,7 +10,7 @@ from typing import Any, cast
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpsteer_rloo.alarms import Watched, alarms, best_of, verdict
+from helpsteer_rloo.alarms import Watched, alarms, best_of, is_over, verdict
 from helpsteer_rloo.checkpoints import damage
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.rollout import Completion, sequence_seed, supports_sampler
@@ -102,7 +102,9 @@ class PolicyWatch(TrainerCallback):
                 f"The run is to go back to its best step, but {checkpoint} cannot be used: {problem}. Give "
                 "--on_alarm stop to keep the last step instead."
             )
-        warnings.warn(f"Going back to step {best}, the best so far.", stacklevel=2)
+        over = self._rules.max_kl is not None and is_over(self._best, self._rules.max_kl)
+        within = "" if not over else f" (no step after the start is within --max_kl {self._rules.max_kl:g})"
+        warnings.warn(f"Going back to step {best}, the best so far{within}.", stacklevel=2)
         state.best_model_checkpoint = str(checkpoint)  # which may have been moved with the run since it was set
         cast(Any, self._trainer)._load_best_model()
         self.rolled_back_to = best
@@ -154,13 +156,22 @@ class PolicyWatch(TrainerCallback):
         self.history.append(_watched(state.global_step, ordered))
 
     def _guarded(self, ids: Mapping[str, list[list[int]]], drawn: Sequence[Completion]) -> list[float | None]:
-        """The guard's scores less the run's penalties: of a text that was cut off it knows nothing."""
+        """The guard's scores less the run's penalties: of a text that was cut off it knows nothing.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         if self._guard is None:
             return [None] * len(drawn)
         with whole_weights(self._trainer.accelerator.unwrap_model(self._trainer.model)):  # on which it may stand
             scores = self._guard(**ids)
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(
+                f"The guard's scores at step {self._trainer.state.global_step} are not finite: it is damaged, or its "
+                "training diverged. Give another --guard_reward_model, or none."
+            )
         penalties = self._trainer.penalties_of(drawn)
-        return [number_or_none(score - penalty) for score, penalty in zip(scores, penalties, strict=True)]
+        return [score - penalty for score, penalty in zip(scores, penalties, strict=True)]
 
     def _rows(self, prompts: Sequence[TokenGroup], seeds: Sequence[int]) -> list[dict[str, Any]]:
         trainer = self._trainer

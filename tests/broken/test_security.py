@@ -11,6 +11,8 @@ from helpsteer_rloo import cli
 from helpsteer_rloo.checkpoints import SEAL, damage, newest_whole, seal
 from helpsteer_rloo.model.loading import Base, check_base, load_policy, load_reward_model, load_tokenizer
 from helpsteer_rloo.reward_record import check_reward_model
+from tests.broken.corpus import changed_json
+from tests.broken.models import without_tensor
 
 CODE = """
 from pathlib import Path
@@ -57,7 +59,7 @@ def test_a_pickle_beside_a_bases_weights_is_passed_over_and_one_instead_of_them_
     (directory / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"only there as pytorch_model\.bin"):
         check_base(str(directory), tokenizer)
-    with pytest.raises(ValueError, match="Could not fetch the model"):
+    with pytest.raises(ValueError, match="Could not load the model"):
         load_policy(Base(str(directory)))
     assert not (place.root / "mark").exists()
 
@@ -148,3 +150,34 @@ def test_a_damaged_marker_of_a_directory_moves_nothing(place, capsys):
         cli.train_reward_model(place.training())
     assert "stage.json is damaged" in capsys.readouterr().err
     assert sorted(path.name for path in mine.iterdir()) == ["stage.json", "train.jsonl"]
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(
+    ("source", "file", "part"),
+    [
+        ("full_reward", "model.safetensors", "layers.0.self_attn.q_proj"),
+        ("reward", "adapter_model.safetensors", "layers.0.self_attn.q_proj.lora_B"),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(source, file, part, place):
+    directory = place.copy(getattr(place.world, source), "part")
+    without_tensor(file, part)(directory)
+    with pytest.raises(ValueError, match="lacks 1 of its weights"):
+        load_reward_model(directory)
+
+
+def test_a_base_lacks_no_weights(place, tokenizer):
+    directory = place.copy(place.world.base, "part")
+    without_tensor("model.safetensors", "layers.1.mlp.up_proj")(directory)
+    with pytest.raises(ValueError, match=r"1 weights are missing \(model.layers.1.mlp.up_proj.weight"):
+        check_base(str(directory), tokenizer)
+
+
+def test_a_base_without_a_vocabulary_head_writes_no_text(place, tokenizer):
+    directory = place.copy(place.world.base, "part")
+    check_base(str(directory), tokenizer, samples=True)
+    changed_json(directory / "config.json", lambda config: config.update(tie_word_embeddings=False))
+    check_base(str(directory), tokenizer)
+    with pytest.raises(ValueError, match=r"1 weights are missing \(lm_head.weight"):
+        check_base(str(directory), tokenizer, samples=True)

@@ -8,6 +8,7 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 from helpsteer_rloo import cli
 from helpsteer_rloo.data.sources import BadRowError
@@ -397,3 +398,35 @@ def test_flags_that_do_not_go_together(argv, says, capsys):
         cli.evaluate(argv)
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_scores_that_are_no_numbers_are_no_scores(world, monkeypatch):
+    model, record = load_reward_model(world.reward)
+    torch.nn.init.constant_(model.base_model.model.score.modules_to_save.default.weight, float("nan"))
+    renderer = Renderer(load_tokenizer(str(world.reward)), thinking=record["thinking"])
+    item = Item("one", (Message("user", "?"),), {"a": "oak", "b": "elm"}, {})
+    with pytest.raises(ValueError, match="scores of id 'one' are not finite"):
+        score_items(model, renderer, [item], 48, batch_size=4)
+
+
+@pytest.mark.parametrize("score", ["9" * 400, '"0.5"', "true", "NaN"])
+def test_a_score_that_is_no_finite_number_names_its_line(tmp_path, score):
+    (tmp_path / "s.jsonl").write_text(f'{{"id": "x", "field": "a", "score": {score}}}\n')
+    with pytest.raises(ValueError, match="line 1, field 'score': expected a finite number"):
+        read_scores(tmp_path / "s.jsonl", [Item("x", (), {"a": ""}, {})])
+
+
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", [make_row("prompt", overall_preference=1)])
+    common = ["--benchmark=helpsteer3", f"--benchmark_path={data}", "--reward_model_dir=x"]
+    for flags in ([f"--output={data}"], [f"--output={tmp_path / 's.jsonl'}", f"--dump_scores={tmp_path / 's.jsonl'}"]):
+        with pytest.raises(SystemExit):
+            cli.evaluate([*common, *flags])
+        assert "is a file that is read or written already" in capsys.readouterr().err
+    for flags, says in (
+        (["--scores=s.jsonl", "--max_length=64"], "--max_length has no effect with --scores"),
+        (["--reward_model_dir=x", "--dump_scores=s.jsonl.gz"], "expected a name that ends in .jsonl"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.evaluate([*common[:2], *flags])
+        assert says in capsys.readouterr().err

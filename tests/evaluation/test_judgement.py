@@ -416,3 +416,20 @@ def test_rows_of_other_data_are_not_compared():
 def test_models_that_share_no_pair_cannot_be_compared():
     with pytest.raises(ValueError, match="No pair was judged by all"):
         compare({"a": [judged(1.0, 0.0, 0)], "b": [judged(1.0, 0.0, 1)]})
+
+
+def test_the_interval_of_the_calibration_error_holds_it():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        margins = rng.normal(0.8, 1.5, 200).tolist()
+        ece = calibration(margins, range(200))["ece"]
+        assert ece["interval"][0] <= ece["value"] <= ece["interval"][1]
+    assert calibration([0.3, -0.2], ["one", "one"])["ece"]["interval"] == [None, None]
+
+
+def test_a_comparison_says_what_its_difference_means():
+    first = [judged(1.0 if row % 4 else -1.0, 0.0, row=row) for row in range(200)]
+    second = [judged(1.0, 0.0, row=row) for row in range(200)]
+    better = compare({"a": first, "b": second})["compared"][0]["sentence"]
+    assert better.startswith("b is better than a: right more often by +25.0% of the pairs [")
+    assert compare({"a": first, "b": first})["compared"][0]["sentence"].startswith("b is not significantly better")

@@ -34,6 +34,7 @@ def test_a_length_that_earns_nothing_changes_nothing():
 def test_nothing_is_said_of_equal_lengths_where_all_answers_became_longer_or_shorter():
     assert length_controlled_win_rate([1.0, -1.0, 1.0], [3, 3, 3]) is None
     assert length_controlled_win_rate([1.0, -1.0, 1.0], [-3, -5, -3]) is None
+    assert length_controlled_win_rate([1.0] * 100, range(50, 150)) is None
     assert length_controlled_win_rate([1.0, -1.0, 1.0], [0, 0, 0]) == win_rate([1.0, -1.0, 1.0])
 
 

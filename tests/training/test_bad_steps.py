@@ -6,6 +6,7 @@ from transformers import TrainerCallback
 
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
 from helpsteer_rloo.training.ledger import read_rollouts
+from helpsteer_rloo.training.scorer import EnsembleScorer, RewardModelScorer
 from tests.training.test_reward import trainer_on_chat
 from tests.training.test_rloo import length_reward, make_trainer
 
@@ -93,3 +94,26 @@ def test_an_infinite_reward_skips_its_step_and_the_ledger_says_so(tiny_base, tok
     assert entries[0].score is None
     assert entries[0].advantage is None
     assert entries[-1].advantage is not None
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_a_broken_score_of_a_reward_model_skips_the_step(tiny_base, tokenizer, tmp_path, worst):
+    calls = iter(range(100))
+
+    class Role:
+        adapter = None
+
+        def score(self, groups, batch_size):
+            broken = next(calls) // 2 == 1
+            return [[math.nan if broken and not n else 0.1 * n for n in range(len(g.continuation_ids))] for g in groups]
+
+    members = [RewardModelScorer(Role(), batch_size=8, max_length=None) for _ in range(2)]
+    trainer = make_trainer(
+        tiny_base, tokenizer, tmp_path, EnsembleScorer(members, worst=worst), max_steps=3, reward_clip_range=[-5.0, 5.0]
+    )
+    weights, bad = Weights(), skip_bad_steps(trainer, 2)
+    trainer.add_callback(weights)
+    with pytest.warns(UserWarning, match="Step 2 is skipped"):
+        trainer.train()
+    assert weights.changed() == [True, False, True]
+    assert bad.total == 1

@@ -344,3 +344,11 @@ def test_targets_follow_from_strength_and_agreement(settings, expected):
     rows = pair_dataset([group], RewardKnobs(**settings)).to_list()
     ids = [{"chosen_ids": [1, 2, 4], "rejected_ids": [1, 2, 3]}, {"chosen_ids": [1, 2, 3], "rejected_ids": [1, 2, 5]}]
     assert rows == [{**own, "group": 0, **more} for own, more in zip(ids, expected, strict=True)]
+
+
+@pytest.mark.parametrize(("annotators", "says"), [((), "nothing to weigh by"), ((-1, -2), "contradict their labels")])
+def test_weights_by_agreement_need_annotators(annotators, says):
+    preference = Preference(0, 1, 1, row=0, domain="general", language="english", annotators=annotators)
+    group = TokenGroup((), (1, 2), ((3,), (4,)), (preference,))
+    with pytest.raises(ValueError, match=says):
+        pair_dataset([group], RewardKnobs(weight_by_agreement=True))

@@ -38,7 +38,7 @@ def watched_prompts(tokenizer, count=6):
     return [TokenGroup(own, renderer.prompt_ids(own), ()) for own in messages]
 
 
-def make(tiny_base, tokenizer, directory, guard=None, lora=False, action="rollback", every=2, **changes):
+def make(tiny_base, tokenizer, directory, guard=None, lora=False, action="rollback", every=2, rules=None, **changes):
     settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 100, "save_total_limit": 1, **changes}
     trainer = RLOOTrainer(
         model=str(tiny_base),
@@ -48,7 +48,9 @@ def make(tiny_base, tokenizer, directory, guard=None, lora=False, action="rollba
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM") if lora else None,
     )
-    watch = PolicyWatch(trainer, watched_prompts(tokenizer), guard, WatchRules(every, action), directory / "watch")
+    watch = PolicyWatch(
+        trainer, watched_prompts(tokenizer), guard, rules or WatchRules(every, action), directory / "watch"
+    )
     trainer.add_callback(watch)
     return trainer, watch
 
@@ -198,3 +200,21 @@ def test_the_best_checkpoint_is_kept(tiny_base, tokenizer, tmp_path):
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert "checkpoint-4" in kept
     assert trainer.state.best_global_step == 4
+
+
+def test_a_guard_whose_score_is_no_number_ends_the_run(tiny_base, tokenizer, tmp_path):
+    trainer, watch = make(tiny_base, tokenizer, tmp_path, guard=scripted([1.0, float("nan")]))
+    with pytest.raises(ValueError, match="guard's scores at step 2 are not finite"):
+        run(trainer, watch)
+
+
+def test_it_is_said_where_no_step_is_within_the_limit_of_kl(tiny_base, tokenizer, tmp_path):
+    rules = WatchRules(2, "rollback", max_kl=-100.0)  # which every step is over
+    trainer, watch = make(tiny_base, tokenizer, tmp_path, scripted([0.0, 5.0, 6.0]), rules=rules)
+    told = run(trainer, watch)
+    assert watch.summary()["verdict"]["name"] == "kl"
+    assert not any("Going back" in text for text in told)
+    trainer, watch = make(tiny_base, tokenizer, tmp_path / "back", scripted([0.0, 6.0, 5.0]), rules=rules)
+    told = run(trainer, watch)
+    assert watch.rolled_back_to == 2
+    assert any("no step after the start is within --max_kl -100" in text for text in told)

@@ -23,7 +23,7 @@ def read(path: Path) -> Items:
     if not path.exists():
         raise ValueError(f"--benchmark_path {path}: no such file or directory.")
     knobs, found = DataKnobs(dataset_name=str(path), language="all"), Items([])
-    for row in read_all(locate(knobs), knobs, Counts()):
+    for row in read_all(locate(knobs), knobs, Counts(), hint="Mend or remove the row."):
         reason = unusable(row)
         if reason is None:
             found.items.append(_item(row))

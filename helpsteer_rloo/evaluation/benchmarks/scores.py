@@ -53,10 +53,14 @@ def _score_of(raw: RawRow) -> tuple[tuple[str, str], float]:
     if isinstance(raw.content, BadRowError):
         raise raw.content
     reader = FieldReader(raw)
-    score = reader.value(raw.content, "score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-        raise reader.bad("score", f"expected a finite number, got {shown(score)}")
-    return (id_of(reader, raw.content, "id"), reader.text(raw.content, "field")), float(score)
+    given = reader.value(raw.content, "score")
+    try:
+        score = math.nan if isinstance(given, (bool, str)) else float(given)
+    except (TypeError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise reader.bad("score", f"expected a finite number, got {shown(given)}")
+    return (id_of(reader, raw.content, "id"), reader.text(raw.content, "field")), score
 
 
 def write_scores(path: Path, scores: Scores) -> None:
@@ -76,6 +80,9 @@ def score_items(
         The scores by item and field, and counts: `context_cut` and `response_cut`, the items whose oldest turns or
         whose responses were cut, and `prompt_over_max_length`, the items that have no score since their last turn
         alone is too long.
+
+    Raises:
+        ValueError: a score is not finite.
     """
     counts: Counter[str] = Counter()
     fitted: list[tuple[Item, TokenGroup]] = []
@@ -88,6 +95,8 @@ def score_items(
     for start in tqdm(range(0, len(fitted), chunk), desc="Scoring", leave=False):
         part = fitted[start : start + chunk]
         for (item, _), own in zip(part, score_groups(model, _groups(part), batch_size), strict=True):
+            if not all(map(math.isfinite, own)):
+                raise ValueError(f"The scores of id {item.id!r} are not finite: the reward model is damaged.")
             scores[item.id] = dict(zip(item.responses, own, strict=True))
     return scores, counts
 
