@@ -31,6 +31,7 @@ COMMANDS = {
     "rloo": "train a policy against a reward model (rloo_helpsteer_training.py)",
     "demo": "the whole pipeline offline, in a small world with a known gold quality",
     "evaluate": "a reward model, or scores from elsewhere, on JudgeBench, RM-Bench, RewardBench 2 or your own pairs",
+    "serve": "a reward model behind HTTP, in the formats of OpenRLHF, vLLM and its own",
     "data": "read, select and split a data set, and print what became of every row",
 }
 
@@ -136,12 +137,21 @@ def evaluate(argv: list[str] | None = None) -> None:
     guarded(lambda: run_evaluate(settings))
 
 
+def serve(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo serve`."""
+    from helpsteer_rloo.serve_command import parse_serve, run_serve
+
+    settings = parse_serve(argv)
+    guarded(lambda: run_serve(settings))
+
+
 _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "pipeline": run_pipeline,
     "reward-model": train_reward_model,
     "rloo": train_policy,
     "demo": run_demo,
     "evaluate": evaluate,
+    "serve": serve,
     "data": show_data,
 }
 

@@ -82,6 +82,23 @@ class Renderer:
         self._check_controls(ids, expected=0)
         return tuple(ids) + ((self.end_of_turn_id,) if ended else ())
 
+    def rendered_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of text that a chat template has rendered already: what spells a control token in it is one.
+
+        Only for text whose author may write control tokens; never for what data or users wrote.
+        """
+        return tuple(self._encode([text]))
+
+    def until_end(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids without padding behind them, and without blanks behind an end of turn, which templates put there."""
+        last = len(ids)
+        while last and ids[last - 1] == self.tokenizer.pad_token_id != self.end_of_turn_id:
+            last -= 1
+        end = last
+        while end and ids[end - 1] != self.end_of_turn_id and not str(self.tokenizer.decode([ids[end - 1]])).strip():
+            end -= 1
+        return tuple(ids[:end] if end and ids[end - 1] == self.end_of_turn_id else ids[:last])
+
     def text_of(self, continuation_ids: Sequence[int]) -> str:
         """The text of a continuation, without its end of turn; stray control tokens are spelled out."""
         ended = bool(continuation_ids) and continuation_ids[-1] == self.end_of_turn_id

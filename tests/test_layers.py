@@ -45,7 +45,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"model"}),
     frozenset({"training", "evaluation", "serving", "report"}),
     frozenset(
-        {"pipeline", "steps", "stages", "cli", "console", "demo", "data_command", "evaluate_command", "judge_command"}
+        {
+            "pipeline",
+            "steps",
+            "stages",
+            "cli",
+            "console",
+            "demo",
+            "data_command",
+            "evaluate_command",
+            "judge_command",
+            "serve_command",
+        }
     ),
 )
 # The parts of this layer meet through the run directory and never import each other.
@@ -72,6 +83,7 @@ LIGHT = frozenset(
         "data_command",
         "evaluate_command",
         "judge_command",
+        "serve_command",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})
