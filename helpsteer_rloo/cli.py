@@ -32,6 +32,7 @@ COMMANDS = {
     "demo": "the whole pipeline offline, in a small world with a known gold quality",
     "evaluate": "a reward model, or scores from elsewhere, on JudgeBench, RM-Bench, RewardBench 2 or your own pairs",
     "serve": "a reward model behind HTTP, in the formats of OpenRLHF, vLLM and its own",
+    "export": "a trained model as transformers and vLLM load it, and on the hub",
     "data": "read, select and split a data set, and print what became of every row",
 }
 
@@ -145,6 +146,14 @@ def serve(argv: list[str] | None = None) -> None:
     guarded(lambda: run_serve(settings))
 
 
+def export(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo export`."""
+    from helpsteer_rloo.export_command import parse_export, run_export
+
+    settings = parse_export(argv)
+    guarded(lambda: run_export(settings))
+
+
 _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "pipeline": run_pipeline,
     "reward-model": train_reward_model,
@@ -152,6 +161,7 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "demo": run_demo,
     "evaluate": evaluate,
     "serve": serve,
+    "export": export,
     "data": show_data,
 }
 

@@ -56,6 +56,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "evaluate_command",
             "judge_command",
             "serve_command",
+            "export_command",
         }
     ),
 )
@@ -84,6 +85,7 @@ LIGHT = frozenset(
         "evaluate_command",
         "judge_command",
         "serve_command",
+        "export_command",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})

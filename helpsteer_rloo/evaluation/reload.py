@@ -1,4 +1,4 @@
-"""Proof that a saved reward model is the trained one: a fresh process with stock libraries gives the same scores."""
+"""Proof that a saved model is the one in memory: a fresh process with stock libraries computes the same."""
 
 import json
 import subprocess
@@ -6,18 +6,25 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from helpsteer_rloo.evaluation import stock_scores
+from helpsteer_rloo.evaluation import stock_log_probs, stock_scores
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 """Largest difference, in score units, that the arithmetic of each type can explain."""
+MERGED = {**TOLERANCE, "float32": 1e-4}
+"""The same where an adapter was merged into the weights, in score units or nats."""
 
 
 def check_reload(
-    directory: str | Path, sequences: Sequence[Sequence[int]], expected: Sequence[float], base: Mapping[str, Any]
+    directory: str | Path,
+    sequences: Sequence[Sequence[int]],
+    expected: Sequence[float],
+    base: Mapping[str, Any],
+    tolerance: Mapping[str, float] = TOLERANCE,
 ) -> float:
-    """Score `sequences` with the saved model in a fresh process and compare with the trained model's scores.
+    """Score `sequences` with the saved reward model in a fresh process and compare with the scores it should give.
 
     `base` tells how the base model's weights are held (`helpsteer_rloo.model.loading.Base` as a dictionary).
 
@@ -25,22 +32,52 @@ def check_reload(
         The largest absolute difference.
 
     Raises:
-        ValueError: the directory does not load, or the scores differ by more than `TOLERANCE`.
+        ValueError: the directory does not load, or the scores differ by more than `tolerance` for the type.
     """
+    scores = _in_a_fresh_process(stock_scores, directory, sequences, base)
+    return _checked(directory, scores, expected, base, tolerance)
+
+
+def check_log_probs(
+    directory: str | Path,
+    sequences: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[float]],
+    base: Mapping[str, Any],
+    tolerance: Mapping[str, float] = MERGED,
+) -> float:
+    """The same for a saved policy and the log-probabilities of the tokens after the first, in nats."""
+    found = _in_a_fresh_process(stock_log_probs, directory, sequences, base)
+    flat = [[value for own in side for value in own] for side in (found, expected)]
+    return _checked(directory, flat[0], flat[1], base, tolerance)
+
+
+def _in_a_fresh_process(
+    program: ModuleType, directory: str | Path, sequences: Sequence[Sequence[int]], base: Mapping[str, Any]
+) -> Any:
+    """What a program of stock libraries prints of a saved model."""
     with tempfile.TemporaryDirectory() as folder:
         ids_file = Path(folder) / "ids.json"
         ids_file.write_text(json.dumps([list(ids) for ids in sequences]), encoding="utf-8")
         base_file = Path(folder) / "base.json"
         base_file.write_text(json.dumps(dict(base)), encoding="utf-8")
-        command = [sys.executable, str(stock_scores.__file__), str(directory), str(ids_file), str(base_file)]
+        command = [sys.executable, str(program.__file__), str(directory), str(ids_file), str(base_file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"The saved reward model in {directory} does not load in a fresh process:\n{done.stderr}")
-    scores = json.loads(done.stdout.strip().splitlines()[-1])
-    difference = max(abs(a - b) for a, b in zip(scores, expected, strict=True))
-    if not difference <= TOLERANCE[base["dtype"]]:
+        raise ValueError(f"The saved model in {directory} does not load in a fresh process:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _checked(
+    directory: str | Path,
+    found: Sequence[float],
+    expected: Sequence[float],
+    base: Mapping[str, Any],
+    tolerance: Mapping[str, float],
+) -> float:
+    difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    if not difference <= tolerance[base["dtype"]]:
         raise ValueError(
-            f"The reward model saved in {directory} does not give the trained model's scores: they differ by "
+            f"The model saved in {directory} does not give the scores of the one in memory: they differ by "
             f"{difference:.3g} on a fixed sample of {len(expected)}. The directory must not be used."
         )
     return difference

@@ -191,8 +191,12 @@ _PLAIN = ("llama", "qwen3")
 """Types of models whose weights have the same names in files and in transformers' modules."""
 
 
-def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
+def load_reward_model(directory: str | Path, base: Base | None = None) -> tuple[Model, dict[str, Any]]:
     """Load a reward model this project trained, with its record, ready for scoring.
+
+    Args:
+        directory: Where it was saved.
+        base: How its weights are to be held, if not as its record says.
 
     Raises:
         ValueError: the directory is not a reward model of this project, some of its weights are missing, or its base
@@ -200,7 +204,7 @@ def load_reward_model(directory: str | Path) -> tuple[Model, dict[str, Any]]:
     """
     directory = Path(directory)
     record = read_reward_record(directory)
-    base = Base(**record["base"])
+    base = base or Base(**record["base"])
     try:
         if record["adapter"]:
             model, missing = _classifier(base)

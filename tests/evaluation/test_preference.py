@@ -76,7 +76,7 @@ def test_a_reward_model_that_reloads_with_another_head_is_refused(reward_model, 
     with torch.no_grad():
         reward_model.score.weight.mul_(1.5)
     changed = score_sequences(reward_model, sequences, 1)
-    with pytest.raises(ValueError, match="does not give the trained model's scores"):
+    with pytest.raises(ValueError, match="does not give the scores of the one in memory"):
         check_reload(tmp_path, sequences, changed, asdict(Base("x")))
 
 
