@@ -31,6 +31,7 @@ COMMANDS = {
     "rloo": "train a policy against a reward model (rloo_helpsteer_training.py)",
     "demo": "the whole pipeline offline, in a small world with a known gold quality",
     "evaluate": "a reward model, or scores from elsewhere, on JudgeBench, RM-Bench, RewardBench 2 or your own pairs",
+    "score": "the responses of a file, by a reward model",
     "serve": "a reward model behind HTTP, in the formats of OpenRLHF, vLLM and its own",
     "export": "a trained model as transformers and vLLM load it, and on the hub",
     "data": "read, select and split a data set, and print what became of every row",
@@ -138,6 +139,14 @@ def evaluate(argv: list[str] | None = None) -> None:
     guarded(lambda: run_evaluate(settings))
 
 
+def score(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo score`."""
+    from helpsteer_rloo.score_command import parse_score, run_score
+
+    settings = parse_score(argv)
+    guarded(lambda: run_score(settings))
+
+
 def serve(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo serve`."""
     from helpsteer_rloo.serve_command import parse_serve, run_serve
@@ -160,6 +169,7 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "rloo": train_policy,
     "demo": run_demo,
     "evaluate": evaluate,
+    "score": score,
     "serve": serve,
     "export": export,
     "data": show_data,

@@ -57,6 +57,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "judge_command",
             "serve_command",
             "export_command",
+            "score_command",
         }
     ),
 )
@@ -86,6 +87,7 @@ LIGHT = frozenset(
         "judge_command",
         "serve_command",
         "export_command",
+        "score_command",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})

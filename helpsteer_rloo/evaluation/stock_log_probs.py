@@ -18,7 +18,7 @@ def main(directory: str, ids_file: str, base_file: str) -> None:
     base = json.loads(Path(base_file).read_text(encoding="utf-8"))
     kwargs = {"dtype": getattr(torch, base["dtype"]), "trust_remote_code": base["trust_remote_code"]}
     model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True, **kwargs)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu").eval()
     found = []
     for ids in json.loads(Path(ids_file).read_text(encoding="utf-8")):
         given = torch.tensor([ids], device=model.device)
