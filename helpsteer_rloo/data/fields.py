@@ -7,7 +7,9 @@ from typing import Any
 
 from helpsteer_rloo.data.sources import BadRowError, RawRow
 
-_NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
+NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
+"""What no tokenizer should meet: NUL and unpaired surrogates."""
+"""What no tokenizer should meet: NUL and unpaired surrogates."""
 _LONGEST_VALUE = 40
 LONGEST_TEXT = 10_000_000
 """Characters of the longest text that is taken: about 2.5 million tokens, which no model reads; more is damage."""
@@ -47,7 +49,7 @@ class FieldReader:
             raise self.bad(place, f"expected a string, got {type(value).__name__}")
         if len(value) > LONGEST_TEXT:
             raise self.bad(place, f"holds {len(value)} characters; expected at most {LONGEST_TEXT}")
-        if _NOT_TEXT.search(value):
+        if NOT_TEXT.search(value):
             raise self.bad(place, "holds a NUL or an unpaired surrogate, which is not text")
         return value
 

@@ -7,10 +7,20 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from helpsteer_rloo.data.fields import NOT_TEXT
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.rendering import Renderer
+
+
+def _is_text(value: str) -> str:
+    if NOT_TEXT.search(value):
+        raise ValueError("holds a NUL or an unpaired surrogate, which is not text")
+    return value
+
+
+Text = Annotated[StrictStr, AfterValidator(_is_text)]
 
 
 class _Request(BaseModel):
@@ -21,7 +31,7 @@ class ChatMessage(_Request):
     """One turn."""
 
     role: Literal["system", "user", "assistant"]
-    content: StrictStr
+    content: Text
 
 
 class ScoreRequest(_Request):
@@ -31,9 +41,9 @@ class ScoreRequest(_Request):
     """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    responses: Annotated[list[StrictStr], Field(min_length=1)]
+    responses: Annotated[list[Text], Field(min_length=1)]
     ended: StrictBool | list[StrictBool] = True
-    model: StrictStr | None = None
+    model: Text | None = None
 
     def groups(self, renderer: Renderer) -> list[TokenGroup]:
         """One group.
@@ -56,8 +66,8 @@ class RewardRequest(BaseModel):
     Where `prompts` are given, each begins its query, and they are computed once for all of their queries.
     """
 
-    query: Annotated[list[StrictStr], Field(min_length=1)]
-    prompts: list[StrictStr] | None = None
+    query: Annotated[list[Text], Field(min_length=1)]
+    prompts: list[Text] | None = None
 
     def groups(self, renderer: Renderer) -> list[TokenGroup]:
         """One group a query. A query whose end of turn is missing was cut off, and gains none.
@@ -77,9 +87,9 @@ class PoolingRequest(BaseModel):
     With `activation` (also `use_activation`, or `softmax`) false, `/classify` gives the score instead of its sigmoid.
     """
 
-    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] | None = None
+    input: Text | list[Text] | list[StrictInt] | list[list[StrictInt]] | None = None
     messages: list[ChatMessage] | None = None
-    model: StrictStr | None = None
+    model: Text | None = None
     encoding_format: Literal["float"] = "float"
     activation: bool | None = None
     use_activation: bool | None = None

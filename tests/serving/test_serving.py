@@ -1,6 +1,7 @@
 """The server: scores equal to the project's own, clients' formats, limits, and what hostile requests come to."""
 
 import asyncio
+import json
 import math
 import threading
 import time
@@ -127,6 +128,7 @@ def test_text_of_a_response_makes_no_control_token(served, client):
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
+JSON = {"Content-Type": "application/json"}
 GOOD = {"messages": QUESTION, "responses": ["oak"]}
 BAD = [
     ({}, "messages"),
@@ -143,12 +145,14 @@ BAD = [
     ({**GOOD, "responses": ["oak " * 90]}, "was trained on at most 96"),
     ({**GOOD, "responses": ["oak elm ash yew " * 4] * 20}, "at most 400 are taken at once"),
     ([], "valid dictionary"),
+    ({**GOOD, "responses": ["\ud800"]}, "responses.0: Value error, holds a NUL or an unpaired surrogate"),
+    ({**GOOD, "messages": [{"role": "user", "content": "a\x00b"}]}, "holds a NUL"),
 ]
 
 
 @pytest.mark.parametrize(("body", "says"), BAD)
 def test_a_bad_request_is_refused_by_name(client, body, says):
-    answer = client.post("/v1/score", json=body)
+    answer = client.post("/v1/score", content=json.dumps(body), headers=JSON)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert says in error["message"]
@@ -168,6 +172,7 @@ def test_what_is_no_json_is_refused(client, content):
     [
         ("/get_reward", {"query": []}, "query"),
         ("/get_reward", {"query": [""]}, "is empty"),
+        ("/get_reward", {"query": ["\udfff x"]}, "unpaired surrogate"),
         ("/get_reward", {"query": ["a b"], "prompts": ["a", "b"]}, "'prompts' has 2 entries"),
         ("/pooling", {}, "Give either 'input' or 'messages'"),
         ("/pooling", {"input": []}, "'input' is empty"),
@@ -178,7 +183,7 @@ def test_what_is_no_json_is_refused(client, content):
     ],
 )
 def test_bad_requests_of_other_formats_are_refused(client, path, body, says):
-    answer = client.post(path, json=body)
+    answer = client.post(path, content=json.dumps(body), headers=JSON)
     assert (answer.status_code, says in answer.json()["error"]["message"]) == (400, True)
 
 
