@@ -111,10 +111,8 @@ def _watch(
     if own.guard_reward_model is not None:
         guard = _scorer(own, own.guard_reward_model, cast(PreTrainedTokenizerBase, trainer.processing_class))
         guard.role = trainer.reward_role(own.guard_reward_model, base, GUARD_ADAPTER)
-    every = own.watch_steps or settings.trl["save_steps"]
-    steps = (
-        math.ceil(every * trainer.args.max_steps) if every < 1 else int(every)
-    )  # a share of all, as transformers has
+    every = own.watch_steps or settings.trl["save_steps"]  # below 1 a share of all steps, as transformers has it
+    steps = math.ceil(every * trainer.args.max_steps) if every < 1 else int(every)
     rules = WatchRules(steps, own.on_alarm, own.max_kl)
     watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / "watch")
     trainer.add_callback(watch)
