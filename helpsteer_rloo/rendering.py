@@ -56,6 +56,7 @@ class Renderer:
         spelled = "|".join(re.escape(name) for name in sorted(controls, key=len, reverse=True))
         self._control = re.compile(f"(?=({spelled}))" if spelled else r"(?!)")
         self.end_of_turn_id = self._find_end_of_turn()
+        self._longest = max(map(len, tokenizer.get_vocab()))
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of a conversation up to and including the generation prompt of the next assistant turn.
@@ -82,22 +83,69 @@ class Renderer:
         self._check_controls(ids, expected=0)
         return tuple(ids) + ((self.end_of_turn_id,) if ended else ())
 
-    def rendered_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of text that a chat template has rendered already: what spells a control token in it is one.
+    @property
+    def generation_prompt(self) -> str:
+        """What the template puts between a user's turn and the answer to it; Qwen3's holds an empty thinking block."""
+        turns = [{"role": "user", "content": "x"}]
+        return self._apply_template(turns, add_generation_prompt=True).removeprefix(self._apply_template(turns))
 
-        Only for text whose author may write control tokens; never for what data or users wrote.
+    def split_rendered(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Prompt and continuation ids of text that this very template has rendered, as training makes them.
+
+        What spells a control token in it is one: only for text whose author may write them. Padding behind it is left
+        out, and blanks behind an end of turn, which templates put there; an end of turn that is missing is not added.
+
+        Raises:
+            ValueError: the text does not hold the template's generation prompt, or nothing behind it.
         """
-        return tuple(self._encode([text]))
+        before, begin, answer = text.rpartition(self.generation_prompt)
+        if not begin:
+            raise ValueError(
+                f"The text does not hold {self.generation_prompt!r}, by which an answer begins in the reward model's "
+                "training: render the prompt with add_generation_prompt, and with thinking as in training."
+            )
+        continuation = self.until_end(self._encode([answer]))
+        if not continuation:
+            raise ValueError("There is no answer behind the prompt.")
+        return tuple(self._encode([before + begin])), continuation
+
+    def split_ids(self, ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The same of ids that this tokenizer made.
+
+        Raises:
+            ValueError: an id is none of the vocabulary's, or as `split_rendered`.
+        """
+        known = max(self.tokenizer.get_vocab().values())
+        if not all(0 <= token <= known for token in ids):
+            raise ValueError(f"An id is outside of 0 to {known}.")
+        begin = self._encode([self.generation_prompt])
+        found = [end for end in range(len(begin), len(ids)) if list(ids[end - len(begin) : end]) == begin]
+        continuation = self.until_end(ids[found[-1] :]) if found else ()
+        if not continuation:
+            raise ValueError(f"The ids do not hold those of {self.generation_prompt!r} with an answer behind them.")
+        return tuple(ids[: found[-1]]), continuation
 
     def until_end(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Ids without padding behind them, and without blanks behind an end of turn, which templates put there."""
-        last = len(ids)
-        while last and ids[last - 1] == self.tokenizer.pad_token_id != self.end_of_turn_id:
-            last -= 1
-        end = last
-        while end and ids[end - 1] != self.end_of_turn_id and not str(self.tokenizer.decode([ids[end - 1]])).strip():
-            end -= 1
-        return tuple(ids[:end] if end and ids[end - 1] == self.end_of_turn_id else ids[:last])
+        """Ids up to the first end of turn that only padding and blanks follow; without one, without the padding."""
+        pad, end = self.tokenizer.pad_token_id, self.end_of_turn_id
+        kept = len(ids)
+        while kept and ids[kept - 1] != end and (ids[kept - 1] == pad or self._is_blank(ids[kept - 1])):
+            kept -= 1
+        if not kept or ids[kept - 1] != end:
+            kept = len(ids)
+            while kept and ids[kept - 1] == pad:
+                kept -= 1
+            return tuple(ids[:kept])
+        while kept > 1 and ids[kept - 2] in (end, pad):
+            kept -= 1
+        return (*ids[: kept - 1], end)
+
+    def _is_blank(self, token: int) -> bool:
+        return not str(self.tokenizer.decode([token])).strip()
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that a text has at the least, without tokenizing it."""
+        return max(-(-len(text) // self._longest), sum(1 for _ in self._control.finditer(text)))
 
     def text_of(self, continuation_ids: Sequence[int]) -> str:
         """The text of a continuation, without its end of turn; stray control tokens are spelled out."""

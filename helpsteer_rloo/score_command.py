@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import say
 from helpsteer_rloo.groups import Message, TokenGroup
+from helpsteer_rloo.identity import model_identity
+from helpsteer_rloo.judge_command import own_renderer
+from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.reward_record import check_reward_model
-from helpsteer_rloo.run_dir import require_writable
+from helpsteer_rloo.run_dir import locked, read_json, require_writable, write_json
 
 if TYPE_CHECKING:
     from helpsteer_rloo.data.sources import RawRow
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 256
 """Rows that are read, scored and written together."""
 _ADDED = ("scores", "cut", "error")
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,145 +85,204 @@ def run_score(settings: Settings[ScoreKnobs]) -> None:
     """Score what has no score yet, and say what came of all rows.
 
     Raises:
-        ValueError: a file cannot be read, a row is not as it should be, or the output is that of another input.
+        ValueError: a file cannot be read, a row is not as it should be, or the output is not a part of this one.
     """
-    from helpsteer_rloo.data.sources import RowFile, read_rows
-    from helpsteer_rloo.judge_command import own_renderer
-
     own, source, target = settings.own, Path(settings.own.input), Path(settings.own.output)
     if not source.is_file():
         raise ValueError(f"--input {source}: no such file.")
     require_writable(target, "--output")
-    record = check_reward_model(own.reward_model_dir, "--reward_model_dir", trusted=own.trust_remote_code)
-    renderer = own_renderer(own.reward_model_dir, record, "--reward_model_dir", trusted=own.trust_remote_code)
-    rows = iter(read_rows(RowFile(source, None)))
-    counts = Counter({"rows": _pass_over(rows, target)})
+    trusted = own.trust_remote_code
+    record = check_reward_model(own.reward_model_dir, "--reward_model_dir", trusted=trusted)
+    asked = {"reward_model": model_identity(own.reward_model_dir), "input": str(source)}
+    with locked(target.with_name(f".{target.name}.lock"), target):
+        _take(target, asked)
+        _score_file(
+            own, target, record, own_renderer(own.reward_model_dir, record, "--reward_model_dir", trusted=trusted)
+        )
+
+
+def _take(target: Path, asked: Mapping[str, Any]) -> None:
+    """Say beside the output what it is of; refuse one that is of something else.
+
+    Raises:
+        ValueError: the output was not begun by this command, or with another reward model or input.
+    """
+    beside = target.with_name(f"{target.name}.of.json")
+    found = read_json(beside)
+    if target.exists() and found is None:
+        raise ValueError(f"--output {target} is there, and this command did not begin it; give another name.")
+    if target.exists() and found != asked:
+        raise ValueError(
+            f"--output {target} was begun with another reward model or input ({beside}); give another name."
+        )
+    write_json(beside, asked)
+
+
+def _score_file(own: ScoreKnobs, target: Path, record: Mapping[str, Any], renderer: "Renderer") -> None:
+    from helpsteer_rloo.data.sources import RowFile, read_rows
+
+    rows, counts = iter(read_rows(RowFile(Path(own.input), None))), Counter[str]()
+    _pass_over(rows, target, counts)
     if counts["rows"]:
         say(f"Going on behind the {counts['rows']} rows that are in {target}.")
     from helpsteer_rloo.model.forward import score_groups
     from helpsteer_rloo.model.loading import load_reward_model
 
     model = load_reward_model(own.reward_model_dir)[0]
+    reader = _Reader(renderer, record["rendering"]["max_length"], _entities(record))
     with target.open("a", encoding="utf-8") as output:
         while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            results = [_fitted(raw, renderer, record["rendering"]["max_length"], own) for raw in part]
-            groups = [result for result in results if isinstance(result, _Fitted)]
-            scores = iter(score_groups(model, [result.group for result in groups], own.batch_size) if groups else [])
+            results = [reader.read(raw) for raw in part]
+            for result in results:
+                if result.stops and not own.skip_bad_rows:
+                    raise ValueError(f"{result.error}\nMend the row and give the command again, or --skip_bad_rows.")
+            groups = [result.group for result in results if result.group is not None]
+            scores = iter(score_groups(model, groups, own.batch_size) if groups else [])
             for raw, result in zip(part, results, strict=True):
-                line = _line(raw, result, next(scores) if isinstance(result, _Fitted) else None, counts)
-                output.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+                added = _added(raw, result, next(scores) if result.group is not None else None)
+                _count(added, counts)
+                output.write(_line(raw, added) + "\n")
             output.flush()
     say(f"{target}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".")
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    """A row as it is scored, and what was cut off to make it fit."""
+class _Read:
+    """A row as it is scored and what was cut off to make it fit; or what is wrong, and whether that is a mistake."""
 
-    group: TokenGroup
-    cut: tuple[str, ...]
-
-
-def _fitted(raw: "RawRow", renderer: "Renderer", max_length: int, own: ScoreKnobs) -> _Fitted | str:
-    """A row within the reward model's length; or what is wrong with it."""
-    from helpsteer_rloo.data.sources import BadRowError
-
-    try:
-        prompt, responses, ended = _asked(raw)
-        ids = [renderer.continuation_ids(text, ended=end) for text, end in zip(responses, ended, strict=True)]
-        longest = max(map(len, ids))
-        found = renderer.fit_prompt(prompt, longest, max_length)
-    except BadRowError as error:
-        if not own.skip_bad_rows:
-            raise ValueError(f"{error}\nMend the row and give the same command again, or --skip_bad_rows.") from None
-        return str(error)
-    except ValueError as error:  # of the renderer, about the turns
-        message = f"{raw.file.path}, line {raw.line}: {error}"
-        if not own.skip_bad_rows:
-            raise ValueError(f"{message}\nMend the row and give the same command again, or --skip_bad_rows.") from None
-        return message
-    if found is None:
-        return f"the last turn alone leaves no room for a response in {max_length} tokens"
-    messages, prompt_ids = found
-    room = max_length - len(prompt_ids)
-    cut = (("context",) if messages != tuple(prompt) else ()) + (("response",) if longest > room else ())
-    return _Fitted(TokenGroup((), prompt_ids, tuple(one[:room] for one in ids)), cut)
+    group: TokenGroup | None = None
+    cut: tuple[str, ...] = ()
+    error: str = ""
+    stops: bool = False
 
 
-def _asked(raw: "RawRow") -> tuple[list[Message], list[str], list[bool]]:
-    """Conversation and responses of a row, and whether each response ended.
+@dataclass(frozen=True)
+class _Reader:
+    """Makes rows what the reward model reads: as in its training, within its length."""
+
+    renderer: "Renderer"
+    max_length: int
+    html_entities: str
+
+    def read(self, raw: "RawRow") -> _Read:
+        """What is scored of a row."""
+        from helpsteer_rloo.data.sources import BadRowError
+
+        try:
+            prompt, responses, ended = self._asked(raw)
+            _line(raw, {})  # what cannot be written again
+            ids = [self.renderer.continuation_ids(t, ended=end) for t, end in zip(responses, ended, strict=True)]
+            found = self.renderer.fit_prompt(prompt, max(map(len, ids)), self.max_length)
+        except BadRowError as error:
+            return _Read(error=str(error), stops=True)
+        except (ValueError, TypeError) as error:  # of the renderer, about the turns, or of JSON
+            return _Read(error=f"{raw.file.path}, line {raw.line}: {error}", stops=True)
+        if found is None:
+            return _Read(error=f"the last turn alone leaves no room for a response in {self.max_length} tokens")
+        messages, prompt_ids = found
+        room = self.max_length - len(prompt_ids)
+        cut = {"context": messages != tuple(prompt), "response": max(map(len, ids)) > room}
+        group = TokenGroup((), prompt_ids, tuple(one[:room] for one in ids))
+        return _Read(group, tuple(what for what, is_cut in cut.items() if is_cut))
+
+    def _asked(self, raw: "RawRow") -> tuple[Sequence[Message], Sequence[str], list[bool]]:
+        """Conversation and responses of a row, and whether each response ended.
+
+        Raises:
+            BadRowError: something is missing or of another type.
+        """
+        from helpsteer_rloo.data.fields import FieldReader
+        from helpsteer_rloo.data.helpsteer3 import Counts, read_row
+        from helpsteer_rloo.data.sources import BadRowError
+
+        if isinstance(raw.content, BadRowError):
+            raise raw.content
+        reader, row = FieldReader(raw), raw.content
+        if "context" in row and "messages" not in row:
+            found = read_row(raw, Counts(), self.html_entities)
+            return found.context, found.responses, [True, True]
+        if "response" in row and "responses" in row:
+            raise reader.bad("responses", "stands beside response; one of them is to be given")
+        prompt = reader.turns(row, "messages")
+        responses = (reader.text(row, "response"),) if "response" in row else reader.texts(row, "responses")
+        if not responses:
+            raise reader.bad("responses", "is empty")
+        ended = row.get("ended", True)
+        given = [ended] * len(responses) if isinstance(ended, bool) else ended
+        if not isinstance(given, list) or len(given) != len(responses) or {type(one) for one in given} != {bool}:
+            raise reader.bad("ended", "expected true, false, or a list of them, one a response")
+        if not all(text or end for text, end in zip(responses, given, strict=True)):
+            raise reader.bad("responses", "one is empty and did not end, so that there is nothing to score")
+        return prompt, responses, given
+
+
+def _entities(record: Mapping[str, Any]) -> str:
+    """How HTML entities were decoded in the reward model's training."""
+    return str((record.get("settings") or {}).get("html_entities", DataKnobs().html_entities))
+
+
+def _added(raw: "RawRow", result: _Read, scores: list[float] | None) -> dict[str, Any]:
+    """What is written beside the row itself.
 
     Raises:
-        BadRowError: something is missing or of another type.
+        ValueError: a score is not finite.
     """
-    from helpsteer_rloo.data.fields import FieldReader
-    from helpsteer_rloo.data.sources import BadRowError
-
-    if isinstance(raw.content, BadRowError):
-        raise raw.content
-    reader, row = FieldReader(raw), raw.content
-    name = "context" if "context" in row and "messages" not in row else "messages"
-    turns = reader.value(row, name)
-    if not isinstance(turns, list) or not turns:
-        raise reader.bad(name, "expected a list of turns")
-    prompt = [
-        Message(_role(reader, turn, f"{name}[{place}]."), reader.text(turn, "content", f"{name}[{place}]."))
-        for place, turn in enumerate(turns)
-    ]
-    if name == "context":
-        responses = [reader.text(row, side) for side in ("response1", "response2")]
-    elif "response" in row:
-        responses = [reader.text(row, "response")]
-    else:
-        responses = list(reader.texts(row, "responses"))
-    if not responses:
-        raise reader.bad("responses", "is empty")
-    ended = row.get("ended", True)
-    given = [ended] * len(responses) if isinstance(ended, bool) else ended
-    if not isinstance(given, list) or len(given) != len(responses) or not all(isinstance(one, bool) for one in given):
-        raise reader.bad("ended", "expected true, false, or a list of them, one a response")
-    return prompt, responses, given
+    if scores is None:
+        return {"scores": None, "error": result.error}
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"{raw.file.path}, line {raw.line}: a score is not finite: the reward model is damaged.")
+    return {"scores": scores, **({"cut": list(result.cut)} if result.cut else {})}
 
 
-def _role(reader: Any, turn: Any, path: str) -> Any:
-    role = reader.text(turn, "role", path)
-    if role not in _ROLES:
-        raise reader.bad(f"{path}role", f"expected one of {', '.join(_ROLES)}, got {role!r}")
-    return role
-
-
-def _line(raw: "RawRow", result: _Fitted | str, scores: list[float] | None, counts: Counter[str]) -> dict[str, Any]:
-    """What is written of a row, and its count."""
+def _count(added: Mapping[str, Any], counts: Counter[str]) -> None:
     counts["rows"] += 1
-    row = raw.content if isinstance(raw.content, dict) else {"line": raw.line}
-    if scores is not None and not all(map(math.isfinite, scores)):
-        raise ValueError(f"{raw.file.path}, line {raw.line}: the score is not finite: the reward model is damaged.")
-    if scores is None or isinstance(result, str):
+    counts.update(f"{what} cut" for what in added.get("cut", ()))
+    if added["scores"] is None:
         counts["without scores"] += 1
-        return {**row, "scores": None, "error": result}
-    for what in result.cut:
-        counts[f"{what} cut"] += 1
-    return {**row, "scores": scores, **({"cut": list(result.cut)} if result.cut else {})}
 
 
-def _pass_over(rows: "Iterator[RawRow]", target: Path) -> int:
-    """Pass over the rows that are in the output already, cut off a part of a line at its end; how many there are.
+def _line(raw: "RawRow", added: Mapping[str, Any]) -> str:
+    """A row as it is written.
+
+    Raises:
+        ValueError, TypeError: it holds what JSON does not.
+    """
+    try:
+        return json.dumps({**_kept(raw), **added}, allow_nan=False)
+    except (ValueError, TypeError):
+        if "error" in added:
+            return json.dumps({"line": raw.line, **added}, allow_nan=False)
+        raise
+
+
+def _kept(raw: "RawRow") -> dict[str, Any]:
+    """What is written again of a row: not what an earlier scoring added."""
+    content = raw.content if isinstance(raw.content, dict) else {"line": raw.line}
+    return {name: value for name, value in content.items() if name not in _ADDED}
+
+
+def _pass_over(rows: "Iterator[RawRow]", target: Path, counts: Counter[str]) -> None:
+    """Pass over the rows that are in the output already, count them, and cut off a part of a line at its end.
 
     Raises:
         ValueError: the output has other rows.
     """
     if not target.exists():
-        return 0
-    content = target.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines(), start=1):
-        raw = next(rows, None)
-        done = json.loads(line)
-        kept = {name: value for name, value in done.items() if name not in _ADDED}
-        expected = None if raw is None else raw.content if isinstance(raw.content, dict) else {"line": raw.line}
-        if expected is None or kept != {name: value for name, value in expected.items() if name not in _ADDED}:
-            raise ValueError(f"--output {target}, line {number}: is not of this input; give another name.")
-    if len(whole) < len(content):
-        with target.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.count(b"\n")
+        return
+    with target.open("r+b") as file:
+        whole = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            raw = next(rows, None)
+            try:
+                done = json.loads(line)
+                added = {name: done[name] for name in _ADDED if name in done}
+                expected = "" if raw is None else _line(raw, {"scores": added["scores"], **added})
+            except (ValueError, TypeError, KeyError, AttributeError):
+                expected = ""
+            if expected.encode() + b"\n" != line:
+                raise ValueError(f"--output {target}, line {number}: is not of this input; give another name.")
+            _count(added, counts)
+            whole += len(line)
+        file.truncate(whole)

@@ -1,11 +1,14 @@
 """`helpsteer-rloo serve`: a trained reward model behind HTTP."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import say
+from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.judge_command import own_renderer
 from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.reward_record import check_reward_model
@@ -30,7 +33,7 @@ class ServeKnobs:
     batch_tokens: int = field(default=16_384, metadata={"help": "Tokens scored in one batch."})
     request_tokens: int = field(default=65_536, metadata={"help": "Most tokens of a request; more is refused (400)."})
     queue_tokens: int = field(default=262_144, metadata={"help": "Most tokens that wait; more is refused (429)."})
-    body_megabytes: float = field(default=8.0, metadata={"help": "Largest body of a request; more is refused (413)."})
+    body_megabytes: float = field(default=2.0, metadata={"help": "Largest body of a request; more is refused (413)."})
     timeout: float = field(default=60.0, metadata={"help": "Seconds after which a request is given up (504)."})
     batch_size: int = field(default=64, metadata={"help": "Responses scored in one forward pass."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the reward model."})
@@ -61,6 +64,13 @@ def check_serve(settings: Settings[ServeKnobs]) -> None:
     for name in ("batch_tokens", "request_tokens", "queue_tokens", "body_megabytes", "timeout", "batch_size"):
         if not 0 < getattr(own, name) < float("inf"):
             raise ValueError(f"--{name} is {getattr(own, name)}; expected more than 0.")
+    if own.queue_tokens < own.request_tokens:
+        raise ValueError(
+            f"--queue_tokens is {own.queue_tokens}; expected --request_tokens ({own.request_tokens}) or more."
+        )
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"${TOKEN_VARIABLE} holds blanks or characters that no header takes.")
     if not 0 <= own.port < 2**16:
         raise ValueError(f"--port is {own.port}; expected 0 to 65535.")
     if own.host not in _LOOPBACK and not os.environ.get(TOKEN_VARIABLE):
@@ -81,6 +91,7 @@ def run_serve(settings: Settings[ServeKnobs]) -> None:
     renderer = own_renderer(own.reward_model_dir, record, "--reward_model_dir", trusted=own.trust_remote_code)
     from helpsteer_rloo.model.forward import score_groups
     from helpsteer_rloo.model.loading import load_reward_model
+    from helpsteer_rloo.model.memory import AtOnce
     from helpsteer_rloo.serving.app import Limits, build_app
     from helpsteer_rloo.serving.server import serve
 
@@ -92,8 +103,17 @@ def run_serve(settings: Settings[ServeKnobs]) -> None:
         queue_tokens=own.queue_tokens,
         body_bytes=int(own.body_megabytes * 2**20),
         timeout=own.timeout,
+        batch_size=own.batch_size,
     )
     name = own.name or os.path.basename(os.path.abspath(own.reward_model_dir))
     token = os.environ.get(TOKEN_VARIABLE) or None
-    app = build_app(name, lambda groups: score_groups(model, groups, own.batch_size), renderer, limits, token)
+    at_once = AtOnce()
+
+    def score(groups: Sequence[TokenGroup]) -> list[list[float]]:
+        return at_once.run(partial(score_groups, model, groups), own.batch_size, 1)
+
+    app = build_app(name, score, renderer, limits, token)
     serve(app, own.host, own.port, lambda address: say(f"Serving {name} at {address}; Ctrl-C or SIGTERM ends it."))
+    if app.state.batcher.is_busy:  # with what nobody waits for any more
+        sys.stdout.flush()
+        os._exit(0)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpsteer_rloo import cli, export_command
+from helpsteer_rloo.evaluation import reload
+from helpsteer_rloo.evaluation.reload import check_reload
 from helpsteer_rloo.export_command import PROBES
 from helpsteer_rloo.groups import Message
 from helpsteer_rloo.model.forward import score_sequences
@@ -61,7 +63,7 @@ def sequences(tokenizer):
 def test_a_reward_model_is_exported_whole(world, tokenizer, tmp_path, capsys, name):
     source = getattr(world, name)
     cli.export([f"--model_dir={source}", f"--output_dir={tmp_path / 'out'}"])
-    assert "scores agree to" in capsys.readouterr().out
+    assert "computes scores within" in capsys.readouterr().out
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert stock.config.architectures == ["Qwen3ForSequenceClassification"]
@@ -77,7 +79,7 @@ def test_a_reward_model_is_exported_whole(world, tokenizer, tmp_path, capsys, na
 
 def test_a_policy_is_exported_whole(policy, tiny_base, tokenizer, tmp_path, capsys):
     cli.export([f"--model_dir={policy}", f"--output_dir={tmp_path / 'out'}"])
-    assert "log-probabilities agree to" in capsys.readouterr().out
+    assert "computes log-probabilities within" in capsys.readouterr().out
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     start = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
     trained = load_policy(Base(str(tiny_base)), adapter=policy)
@@ -102,37 +104,54 @@ def test_another_type_of_weights(policy, tmp_path):
 
 def test_an_adapter_alone(policy, world, tmp_path, capsys):
     (policy / "checkpoint-2").mkdir(exist_ok=True)
+    (policy / "training_args.bin").write_bytes(b"secrets")
     cli.export([f"--model_dir={policy}", f"--output_dir={tmp_path / 'out'}", "--format=adapter"])
     assert "who loads it needs that model too" in " ".join(capsys.readouterr().out.split())
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (policy / name).read_bytes()
     assert not (tmp_path / "out" / "checkpoint-2").exists()
+    assert not (tmp_path / "out" / "training_args.bin").exists()
     with pytest.raises(SystemExit):
         cli.export([f"--model_dir={world.full_reward}", f"--output_dir={tmp_path / 'no'}", "--format=adapter"])
-    assert "has no adapter; give --format merged" in capsys.readouterr().err
+    assert "has no adapter: --format merged" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_the_models_are_noticed(policy, tmp_path, capsys, monkeypatch):
-    whole = export_command._write_record
+def test_weights_that_are_not_the_models_are_noticed_and_not_left(policy, tmp_path, capsys, monkeypatch):
+    prove = export_command._prove
 
-    def damaged(source, target, *rest, **kwargs):
+    def after_damage(target, *rest, **kwargs):
         weights = load_file(target / "model.safetensors")
         weights["model.norm.weight"] *= 1.01
         save_file(weights, target / "model.safetensors", {"format": "pt"})
-        whole(source, target, *rest, **kwargs)
+        return prove(target, *rest, **kwargs)
 
-    monkeypatch.setattr(export_command, "_write_record", damaged)
+    monkeypatch.setattr(export_command, "_prove", after_damage)
     with pytest.raises(SystemExit):
         cli.export([f"--model_dir={policy}", f"--output_dir={tmp_path / 'out'}"])
     assert "The directory must not be used" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    cli.export([f"--model_dir={policy}", f"--output_dir={tmp_path / 'out'}"])  # what is left is no hindrance
+    assert (tmp_path / "out" / POLICY_RECORD).exists()
+
+
+def test_a_proof_sees_what_is_no_number(monkeypatch):
+    monkeypatch.setattr(reload, "_in_a_fresh_process", lambda *_: [0.1, float("nan")])
+    with pytest.raises(ValueError, match="must not be used"):
+        check_reload("x", [], [0.1, 1.0], {"dtype": "float32"})
 
 
 def test_it_is_uploaded(policy, tmp_path, monkeypatch, capsys):
     calls = []
 
     class Api:
+        files = (".gitattributes",)
+
         def create_repo(self, name, **given):
             calls.append((name, given))
+
+        def list_repo_files(self, name):
+            return list(self.files)
 
         def upload_folder(self, **given):
             calls.append(given)
@@ -145,6 +164,23 @@ def test_it_is_uploaded(policy, tmp_path, monkeypatch, capsys):
     assert calls[0] == ("owner/name", {"private": True, "exist_ok": True})
     assert calls[1]["folder_path"] == str(tmp_path / "out")
     assert "Uploaded to https://hub/owner/name" in capsys.readouterr().out
+    Api.files = ("adapter_config.json",)
+    with pytest.raises(SystemExit):
+        cli.export([f"--model_dir={policy}", f"--output_dir={tmp_path / 'two'}", "--push_to_hub=owner/name"])
+    assert "has files already (adapter_config.json" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_before_the_work(policy, tmp_path, capsys, monkeypatch):
+    class Api:
+        def create_repo(self, name, **given):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    with pytest.raises(SystemExit):
+        cli.export([f"--model_dir={policy}", f"--output_dir={tmp_path / 'out'}", "--push_to_hub=owner/name"])
+    assert "--push_to_hub owner/name: no route" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -342,3 +342,35 @@ def test_the_fingerprint_names_what_differs(tokenizer):
     ending = copy.deepcopy(tokenizer)
     ending.chat_template = ending.chat_template.replace("<|im_end|>", "<|endoftext|>")
     assert differing(own, Renderer(ending).fingerprint(64)) == {"chat_template", "end_of_turn_id"}
+
+
+def test_rendered_text_is_split_as_training_splits_it(tokenizer):
+    renderer = Renderer(tokenizer)
+    messages = [Message("user", "Name a tree."), Message("assistant", "oak"), Message("user", "Another?")]
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    end = tokenizer.decode([renderer.end_of_turn_id])
+    for answer in ("elm", "\n\nelm", " elm "):
+        for behind, ended in ((end, True), (end + "\n", True), (end + end, True), ("", False)):
+            expected = (renderer.prompt_ids(messages), renderer.continuation_ids(answer, ended=ended))
+            assert renderer.split_rendered(prompt + answer + behind) == expected
+            assert renderer.split_ids([*expected[0], *expected[1]]) == expected
+
+
+def test_the_end_of_ids_is_found_behind_padding_and_blanks(tokenizer):
+    renderer, pad = Renderer(tokenizer), tokenizer.pad_token_id
+    end, (blank,), (word, *_) = renderer.end_of_turn_id, tokenizer("\n").input_ids, tokenizer("oak").input_ids
+    assert pad != end
+    for tail, kept in (
+        ([], [word]), ([end], [word, end]), ([end, blank, pad, blank], [word, end]), ([pad, pad], [word]),
+        ([blank], [word, blank]), ([blank, end], [word, blank, end]), ([end, end, pad], [word, end]),
+        ([blank, pad], [word, blank]),
+    ):  # fmt: skip
+        assert renderer.until_end([word, *tail]) == tuple(kept), tail
+
+
+def test_a_text_has_at_least_the_tokens_that_are_said(tokenizer):
+    renderer = Renderer(tokenizer)
+    for text in ("", "oak, elm", "<think>" * 9, "Eiche 木 " * 7, " " * 300):
+        assert renderer.least_tokens(text) <= len(renderer.continuation_ids(text, ended=False))
+    assert renderer.least_tokens("<think>" * 9) == 9

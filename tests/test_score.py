@@ -76,6 +76,9 @@ def test_the_output_of_another_input_is_left_alone(world, tmp_path, capsys):
 BAD = [
     ({"responses": ["x"]}, "field 'messages': missing"),
     ({"messages": [], "responses": ["x"]}, "field 'messages': expected a list of turns"),
+    (chat("x", "y", response="z"), "field 'responses': stands beside response"),
+    (chat("x", "", ended=False), "one is empty and did not end"),
+    (chat("x", "\ud800"), "holds a NUL or an unpaired surrogate"),
     ({"messages": [{"role": "king", "content": "x"}], "responses": ["x"]}, "field 'messages[0].role': expected one of"),
     ({"messages": [{"role": "user"}], "responses": ["x"]}, "field 'messages[0].content': missing"),
     (chat("x"), "field 'responses': is empty"),
@@ -130,3 +133,35 @@ def test_a_compressed_file_and_flags_that_cannot_be(world, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.score(argv)
         assert says in capsys.readouterr().err
+
+
+def test_the_output_of_another_model_or_of_nobody_is_left_alone(world, tmp_path, capsys):
+    run(world, tmp_path, ROWS)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    other = [str(tmp_path / "in.jsonl"), f"--reward_model_dir={world.full_reward}"]
+    with pytest.raises(SystemExit):
+        cli.score([*other, f"--output={tmp_path / 'out.jsonl'}"])
+    assert "was begun with another reward model or input" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    (tmp_path / "mine.jsonl").write_text('{"mine": 1}')
+    with pytest.raises(SystemExit):
+        cli.score([*other, f"--output={tmp_path / 'mine.jsonl'}"])
+    assert "this command did not begin it" in capsys.readouterr().err
+    assert (tmp_path / "mine.jsonl").read_text() == '{"mine": 1}'
+
+
+def test_entities_are_decoded_as_in_training_and_old_results_dropped(world, tokenizer, tmp_path):
+    row = make_row("Is 1 &lt; 2?", response1="yes", response2="no")
+    found = run(world, tmp_path, [{**row, "scores": [9.0], "cut": ["context"], "error": "old"}])
+    assert found[0]["scores"][0] == pytest.approx(expected(world, tokenizer, "Is 1 < 2?", "yes"), abs=1e-5)
+    assert not {"cut", "error"} & found[0].keys()
+
+
+def test_the_counts_of_a_row_that_was_done_before_are_kept(world, tmp_path, capsys):
+    rows = [chat("oak " * 200, "elm"), chat("?", "oak " * 200)]
+    run(world, tmp_path, rows)
+    first = capsys.readouterr().out.splitlines()[-1]
+    run(world, tmp_path, rows)
+    assert capsys.readouterr().out.splitlines()[-1] == first
+    assert "1 without scores" in first
+    assert "1 response cut" in first

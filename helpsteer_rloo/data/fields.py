@@ -3,12 +3,12 @@
 import re
 import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 from helpsteer_rloo.data.sources import BadRowError, RawRow
+from helpsteer_rloo.groups import Message, Role
 
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
-"""What no tokenizer should meet: NUL and unpaired surrogates."""
 """What no tokenizer should meet: NUL and unpaired surrogates."""
 _LONGEST_VALUE = 40
 LONGEST_TEXT = 10_000_000
@@ -43,6 +43,20 @@ class FieldReader:
         if not isinstance(values, list):
             raise self.bad(name, f"expected a list, got {type(values).__name__}")
         return tuple(self._checked_text(value, f"{name}[{number}]") for number, value in enumerate(values))
+
+    def turns(self, record: Any, name: str) -> tuple[Message, ...]:
+        """A field that is a conversation: a list of turns with role and content."""
+        turns = self.value(record, name)
+        if not isinstance(turns, list) or not turns:
+            raise self.bad(name, "expected a list of turns with at least one in it")
+        messages: list[Message] = []
+        for number, turn in enumerate(turns):
+            path = f"{name}[{number}]."
+            role = self.text(turn, "role", path)
+            if role not in get_args(Role):
+                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {shown(role)}")
+            messages.append(Message(cast(Role, role), self.text(turn, "content", path)))
+        return tuple(messages)
 
     def _checked_text(self, value: Any, place: str) -> str:
         if not isinstance(value, str):

@@ -12,11 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from helpsteer_rloo.data.fields import FieldReader, shown
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, locate, read_rows
-from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup, Role, Split
+from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup, Split
 from helpsteer_rloo.knobs import DataKnobs
 
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6});")
@@ -98,7 +98,7 @@ def read_all(
     for file in files:
         for raw in read_rows(file):
             try:
-                yield _validated(raw, counts, knobs.html_entities)
+                yield read_row(raw, counts, knobs.html_entities)
             except BadRowError as error:
                 if not knobs.skip_bad_rows:
                     raise ValueError(f"{error}\n{hint}") from None
@@ -107,7 +107,12 @@ def read_all(
                 counts.rows += 1
 
 
-def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
+def read_row(raw: RawRow, counts: Counts, html_entities: str) -> Row:
+    """A validated row, its HTML entities decoded as asked.
+
+    Raises:
+        BadRowError: a field is missing or not as it should be.
+    """
     if isinstance(raw.content, BadRowError):
         raise raw.content
     check = _RowReader(raw)
@@ -116,7 +121,7 @@ def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
         split=raw.file.split,
         domain=check.text(raw.content, "domain").lower(),
         language=check.text(raw.content, "language").lower(),
-        context=check.context(),
+        context=check.turns(raw.content, "context"),
         responses=(check.text(raw.content, "response1"), check.text(raw.content, "response2")),
         overall_preference=check.preference(),
         annotators=check.annotators(),
@@ -128,19 +133,6 @@ def _validated(raw: RawRow, counts: Counts, html_entities: str) -> Row:
 
 class _RowReader(FieldReader):
     """Reads the fields that HelpSteer3's schema has besides texts."""
-
-    def context(self) -> tuple[Message, ...]:
-        turns = self.value(self.raw.content, "context")
-        if not isinstance(turns, list) or not turns:
-            raise self.bad("context", "expected a list of turns with at least one in it")
-        messages = []
-        for number, turn in enumerate(turns):
-            path = f"context[{number}]."
-            role = self.text(turn, "role", path)
-            if role not in get_args(Role):
-                raise self.bad(f"{path}role", f"expected one of {', '.join(get_args(Role))}, got {shown(role)}")
-            messages.append(Message(role, self.text(turn, "content", path)))  # type: ignore[arg-type]
-        return tuple(messages)
 
     def preference(self) -> int:
         return self._score(self.value(self.raw.content, "overall_preference"), "overall_preference")

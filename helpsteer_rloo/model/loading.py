@@ -210,8 +210,7 @@ def load_reward_model(directory: str | Path, base: Base | None = None) -> tuple[
             model, missing = _classifier(base)
             missing.discard("score.weight")  # which the adapter brings
             model = PeftModel.from_pretrained(cast(Any, model), str(directory))
-            own = get_peft_model_state_dict(model, save_embedding_layers=False)
-            missing |= own.keys() - weight_shapes(directory, "adapter_model").keys()
+            missing |= _not_in_file(model, directory)
         else:
             model, missing = _classifier(dataclasses.replace(base, name=str(directory), revision=None))
     except _UNREADABLE as error:
@@ -222,6 +221,12 @@ def load_reward_model(directory: str | Path, base: Base | None = None) -> tuple[
             f"would be random. {COPY_AGAIN}"
         )
     return _ready(model), record
+
+
+def _not_in_file(model: PeftModel, directory: str | Path) -> set[str]:
+    """Names of an adapter's weights that its file lacks."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return set(own.keys() - weight_shapes(directory, "adapter_model").keys())
 
 
 def _classifier(base: Base) -> tuple[Model, set[str]]:
@@ -252,6 +257,8 @@ def load_policy(base: Base, adapter: str | Path | None = None) -> Model:
         model: Model = AutoModelForCausalLM.from_pretrained(base.name, **base.load_kwargs())
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))
+            if missing := _not_in_file(model, adapter):
+                raise ValueError(f"the adapter in {adapter} lacks weights ({min(missing)}, for one). {COPY_AGAIN}")
     except _UNREADABLE as error:
         raise ValueError(_cannot_load("model", base.name, error)) from None
     return _ready(model)

@@ -18,28 +18,40 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.packing import token_count
 from helpsteer_rloo.rendering import Renderer
-from helpsteer_rloo.serving.batching import Batcher, FullError, Score, running, tokens_of
+from helpsteer_rloo.serving.batching import Batcher, FullError, Score, running
 from helpsteer_rloo.serving.metrics import Metrics
-from helpsteer_rloo.serving.protocols import PoolingRequest, RewardRequest, ScoreRequest
+from helpsteer_rloo.serving.protocols import PoolingRequest, Reader, RewardRequest, ScoreRequest
 
 OPEN_PATHS = ("/health",)
 """What needs no token."""
+READERS = 2
+"""Requests whose texts become ids at the same time."""
+STUCK = 5
+"""Timeouts after which a batch is taken for stuck."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the server takes: lengths in tokens, sizes in bytes, times in seconds.
 
-    `max_length` is that of a prompt with a response, the reward model's own; `request_tokens` all tokens of a request.
+    `max_length` is that of a prompt with a response, the reward model's own; `request_tokens` all tokens of a request;
+    `batch_size` the responses that one forward pass scores.
     """
 
     max_length: int
     request_tokens: int = 65_536
     batch_tokens: int = 16_384
     queue_tokens: int = 262_144
-    body_bytes: int = 8 * 2**20
+    body_bytes: int = 2 * 2**20
     timeout: float = 60.0
+    batch_size: int = 64
+
+    def cost(self, group: TokenGroup) -> int:
+        """Tokens that scoring a group takes: its prompt once for `batch_size` responses."""
+        passes = -(-len(group.continuation_ids) // self.batch_size)
+        return token_count(group) + (passes - 1) * len(group.prompt_ids)
 
 
 class RequestError(Exception):
@@ -67,6 +79,7 @@ def build_app(name: str, score: Score, renderer: Renderer, limits: Limits, token
         executor,
         batch_tokens=limits.batch_tokens,
         queue_tokens=limits.queue_tokens,
+        cost=limits.cost,
         seen=metrics.batch,
     )
     metrics.queue.set_function(lambda: batcher.waiting_tokens)
@@ -75,10 +88,13 @@ def build_app(name: str, score: Score, renderer: Renderer, limits: Limits, token
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with running(batcher.run()):
             yield
-        executor.shutdown()
+        executor.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="helpsteer-rloo", lifespan=lifespan, docs_url=None, redoc_url=None)
-    service = _Service(name, batcher, renderer, limits, metrics)
+    app = FastAPI(
+        title="helpsteer-rloo", lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=limits.body_bytes
+    )
+    app.state.batcher = batcher
+    service = _Service(name, batcher, Reader(renderer, limits.max_length), limits, metrics)
     app.post("/v1/score")(service.score)
     app.post("/get_reward")(service.get_reward)
     app.post("/classify")(service.classify)
@@ -92,17 +108,20 @@ def build_app(name: str, score: Score, renderer: Renderer, limits: Limits, token
 
     @app.middleware("http")
     async def watched(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        begin = time.perf_counter()
+        begin, status = time.perf_counter(), 500
         try:
             _check_token(request, token)
-            await _check_size(request, limits.body_bytes)
             response = await call_next(request)
+            status = response.status_code
         except RequestError as error:
             response = _refused(error)
-        known = request.url.path in {str(getattr(route, "path", "")) for route in app.routes}
-        metrics.request(request.url.path if known else "other", response.status_code, time.perf_counter() - begin)
+            status = error.status
+        finally:
+            path = request.scope["path"] if request.scope["path"] in paths else "other"
+            metrics.request(path, status, time.perf_counter() - begin)
         return response
 
+    paths = {str(getattr(route, "path", "")) for route in app.routes}
     app.exception_handler(RequestError)(_on_request_error)
     app.exception_handler(RequestValidationError)(_on_invalid)
     app.exception_handler(HTTPException)(_on_http)
@@ -113,9 +132,10 @@ def build_app(name: str, score: Score, renderer: Renderer, limits: Limits, token
 class _Service:
     """What the endpoints do."""
 
-    def __init__(self, name: str, batcher: Batcher, renderer: Renderer, limits: Limits, metrics: Metrics) -> None:
-        self.name, self.batcher, self.renderer = name, batcher, renderer
+    def __init__(self, name: str, batcher: Batcher, reader: Reader, limits: Limits, metrics: Metrics) -> None:
+        self.name, self.batcher, self.reader = name, batcher, reader
         self.limits, self.metrics, self.created = limits, metrics, int(time.time())
+        self._reading = asyncio.Semaphore(READERS)
 
     async def score(self, request: ScoreRequest) -> dict[str, Any]:
         """Scores of responses to one conversation."""
@@ -132,7 +152,7 @@ class _Service:
         """VLLM's classification: one class, whose probability is the score's sigmoid."""
         groups, scores = await self._answered(request)
         flat = [score for own in scores for score in own]
-        shown = [1 / (1 + math.exp(-score)) for score in flat] if request.activated else flat
+        shown = [0.5 * (1 + math.tanh(score / 2)) for score in flat] if request.activated else flat
         data = [
             {"index": place, "label": "LABEL_0", "probs": [value], "num_classes": 1}
             for place, value in enumerate(shown)
@@ -151,7 +171,9 @@ class _Service:
         return {"object": "list", "data": [{**model, "max_model_len": self.limits.max_length}]}
 
     async def health(self) -> dict[str, str]:
-        """Whether it serves."""
+        """Whether it answers: 503 if scoring has ended or is stuck."""
+        if not self.batcher.works(STUCK * self.limits.timeout):
+            raise RequestError(503, "Scoring has ended, or is stuck; start the server again.", code="unhealthy")
         return {"status": "ok", "model": self.name}
 
     async def _answered(
@@ -161,12 +183,9 @@ class _Service:
         if model not in (None, self.name):
             raise RequestError(404, f"There is no model {model!r} here, but {self.name!r}.", param="model")
         try:
-            groups = await asyncio.to_thread(request.groups, self.renderer)
+            groups, scores = await asyncio.wait_for(self._scored(request), self.limits.timeout)
         except ValueError as error:
             raise RequestError(400, str(error)) from None
-        self._check_lengths(groups)
-        try:
-            scores = await asyncio.wait_for(self.batcher.score(groups), self.limits.timeout)
         except FullError:
             raise RequestError(429, "Too many requests wait already; try again.", code="queue_full") from None
         except TimeoutError:
@@ -176,10 +195,16 @@ class _Service:
         self.metrics.scored(sum(map(len, scores)))
         return groups, scores
 
+    async def _scored(
+        self, request: ScoreRequest | RewardRequest | PoolingRequest
+    ) -> tuple[list[TokenGroup], list[list[float]]]:
+        async with self._reading:  # of texts no more at a time, since that keeps the loop from others
+            groups = await asyncio.to_thread(request.groups, self.reader)
+        self._check_lengths(groups)
+        return groups, await self.batcher.score(groups)
+
     def _check_lengths(self, groups: Sequence[TokenGroup]) -> None:
         for place, group in enumerate(groups):
-            if min(map(len, group.continuation_ids)) == 0:
-                raise RequestError(400, f"Input {place} has a response without a token.")
             longest = len(group.prompt_ids) + max(map(len, group.continuation_ids))
             if longest > self.limits.max_length:
                 raise RequestError(
@@ -188,9 +213,9 @@ class _Service:
                     f"most {self.limits.max_length}.",
                     code="context_length_exceeded",
                 )
-        total = sum(map(tokens_of, groups))
+        total = sum(map(self.limits.cost, groups))
         if total > self.limits.request_tokens:
-            message = f"The request has {total} tokens; at most {self.limits.request_tokens} are taken at once."
+            message = f"The request takes {total} tokens; at most {self.limits.request_tokens} are taken at once."
             raise RequestError(400, message, code="request_too_large")
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -203,30 +228,16 @@ class _Service:
 
 
 def _usage(groups: Sequence[TokenGroup]) -> dict[str, int]:
-    tokens = sum(map(tokens_of, groups))
+    tokens = sum(map(token_count, groups))
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
 
 
 def _check_token(request: Request, token: str | None) -> None:
-    if token is None or request.url.path in OPEN_PATHS:
+    if token is None or request.scope["path"] in OPEN_PATHS:
         return
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
         raise RequestError(401, "The bearer token is missing or wrong.", code="invalid_api_key")
-
-
-async def _check_size(request: Request, most: int) -> None:
-    """Read the body, if it is no larger than allowed; whoever asks for it later gets what was read."""
-    told = request.headers.get("content-length", "0")
-    if not told.isdecimal() or int(told) > most:
-        raise RequestError(413, f"The body is over {most} bytes.", code="body_too_large")
-    size, parts = 0, list[bytes]()
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise RequestError(413, f"The body is over {most} bytes.", code="body_too_large")
-        parts.append(part)
-    request._body = b"".join(parts)  # pyright: ignore[reportPrivateUsage] - as Request.body() keeps it
 
 
 def _refused(error: RequestError) -> JSONResponse:

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.packing import token_count
 
 Score = Callable[[Sequence[TokenGroup]], list[list[float]]]
 """From groups to one list of scores a group."""
@@ -15,6 +17,10 @@ Score = Callable[[Sequence[TokenGroup]], list[list[float]]]
 
 class FullError(Exception):
     """As much waits already as may."""
+
+
+class ScoringError(Exception):
+    """Scoring failed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +43,7 @@ class Batcher:
         executor: Of one thread.
         batch_tokens: Most tokens of a batch.
         queue_tokens: Most tokens that may wait, those being scored not counted.
+        cost: Tokens that scoring a group takes.
         seen: Called with the number of requests and tokens of every batch.
     """
 
@@ -47,12 +54,23 @@ class Batcher:
         *,
         batch_tokens: int,
         queue_tokens: int,
+        cost: Callable[[TokenGroup], int] = token_count,
         seen: Callable[[int, int], None] = lambda requests, tokens: None,
     ) -> None:
-        self._score, self._executor = score, executor
+        self._score, self._executor, self._cost = score, executor, cost
         self._batch_tokens, self._queue_tokens, self._seen = batch_tokens, queue_tokens, seen
         self._waiting: list[_Waiting] = []
         self._something = asyncio.Event()
+        self._ended, self._busy_since = False, 0.0
+
+    def works(self, within: float) -> bool:
+        """Whether it answers: it runs, and no batch has taken longer than so many seconds."""
+        return not self._ended and (not self._busy_since or time.monotonic() - self._busy_since < within)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch is being scored."""
+        return bool(self._busy_since)
 
     @property
     def waiting_tokens(self) -> int:
@@ -64,10 +82,10 @@ class Batcher:
 
         Raises:
             FullError: too much waits already.
-            Exception: as scoring raised.
+            ScoringError: scoring failed.
         """
-        tokens = sum(map(tokens_of, groups))
-        if self._waiting and self.waiting_tokens + tokens > self._queue_tokens:
+        tokens, waits = sum(map(self._cost, groups)), self.waiting_tokens
+        if waits and waits + tokens > self._queue_tokens:
             raise FullError
         waiting = _Waiting(list(groups), tokens, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -76,12 +94,15 @@ class Batcher:
 
     async def run(self) -> None:
         """Score what comes, until cancelled."""
-        while True:
-            await self._something.wait()
-            batch = self._next()
-            if batch:
-                self._seen(len(batch), sum(waiting.tokens for waiting in batch))
-                await self._answer(batch)
+        try:
+            while True:
+                await self._something.wait()
+                batch = self._next()
+                if batch:
+                    self._seen(len(batch), sum(waiting.tokens for waiting in batch))
+                    await self._answer(batch)
+        finally:
+            self._ended = True
 
     def _next(self) -> list[_Waiting]:
         """Take the next batch out of what waits."""
@@ -101,11 +122,12 @@ class Batcher:
         try:
             scores = await self._scored([group for waiting in batch for group in waiting.groups])
         except Exception as error:  # noqa: BLE001 - whatever it is goes to whom it belongs
+            alive = [waiting for waiting in batch if not waiting.answer.done()]
             if len(batch) > 1:
-                for waiting in batch:
+                for waiting in alive:
                     await self._answer([waiting])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(error)
+            elif alive:
+                alive[0].answer.set_exception(ScoringError(f"{type(error).__name__}: {error}"))
             return
         for waiting in batch:
             own, scores = scores[: len(waiting.groups)], scores[len(waiting.groups) :]
@@ -115,13 +137,12 @@ class Batcher:
     async def _scored(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         loop = asyncio.get_running_loop()
         joined, places = join_prompts(groups)
-        scores = await loop.run_in_executor(self._executor, partial(self._score, joined))
+        self._busy_since = time.monotonic()
+        try:
+            scores = await loop.run_in_executor(self._executor, partial(self._score, joined))
+        finally:
+            self._busy_since = 0.0
         return [[scores[group][place] for place in own] for group, own in places]
-
-
-def tokens_of(group: TokenGroup) -> int:
-    """Tokens of a prompt and all of its continuations."""
-    return len(group.prompt_ids) + sum(map(len, group.continuation_ids))
 
 
 def join_prompts(groups: Sequence[TokenGroup]) -> tuple[list[TokenGroup], list[tuple[int, range]]]:

@@ -44,6 +44,9 @@ def world(tiny_base, tokenizer, tmp_path_factory):
         model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1)
         if name == "lora":
             model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"))
+            for part, weight in model.named_parameters():
+                if "lora_B" in part:  # zero at first, as if there were no adapter
+                    torch.nn.init.normal_(weight, std=0.05)
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         write_text(root / name / HELDOUT_PROMPTS, "".join(f"{key}\n" for key in heldout))
