@@ -275,14 +275,20 @@ def _pass_over(rows: "Iterator[RawRow]", target: Path, counts: Counter[str]) -> 
             if not line.endswith(b"\n"):
                 break
             raw = next(rows, None)
-            try:
-                done = json.loads(line)
-                added = {name: done[name] for name in _ADDED if name in done}
-                expected = "" if raw is None else _line(raw, {"scores": added["scores"], **added})
-            except (ValueError, TypeError, KeyError, AttributeError):
-                expected = ""
-            if expected.encode() + b"\n" != line:
+            added = _added_before(line)
+            if raw is None or added is None or _line(raw, added).encode() + b"\n" != line:
                 raise ValueError(f"--output {target}, line {number}: is not of this input; give another name.")
             _count(added, counts)
             whole += len(line)
         file.truncate(whole)
+
+
+def _added_before(line: bytes) -> dict[str, Any] | None:
+    """What an earlier scoring wrote beside a row; none if this is no line of one."""
+    try:
+        done = json.loads(line)
+    except ValueError:
+        return None
+    return (
+        {name: done[name] for name in _ADDED if name in done} if isinstance(done, dict) and "scores" in done else None
+    )
