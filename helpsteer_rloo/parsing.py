@@ -50,6 +50,17 @@ def parse_command(
         parser.error(str(error))
 
 
+def named_positions(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """What stands on the command line before any flag, as flags of these names.
+
+    >>> named_positions(["8", "rows.jsonl", "--seed", "1"], ["n", "input"])
+    ['--n=8', '--input=rows.jsonl', '--seed', '1']
+    """
+    first = next((place for place, token in enumerate(argv) if token.startswith("-")), len(argv))
+    named = [f"--{name}={value}" for name, value in zip(names, argv[:first], strict=False)]
+    return [*named, *argv[len(named) :]]
+
+
 def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.program) -> PipelineSettings:
     """Read the pipeline's command line and --config file; mistakes end the program with status 2."""
     parser = _parser(dataclasses.replace(PIPELINE, program=program))

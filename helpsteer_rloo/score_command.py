@@ -1,31 +1,28 @@
 """`helpsteer-rloo score`: the responses of a file scored by a reward model, line by line, and gone on with."""
 
-import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import say
+from helpsteer_rloo.data.fields import FieldReader
+from helpsteer_rloo.data.helpsteer3 import Counts, read_row
+from helpsteer_rloo.data.results import ROWS_AT_ONCE, Read, Results, read_prompt
+from helpsteer_rloo.data.sources import RawRow
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.identity import model_identity
 from helpsteer_rloo.judge_command import own_renderer
 from helpsteer_rloo.knobs import DataKnobs
-from helpsteer_rloo.parsing import parse_command
+from helpsteer_rloo.parsing import named_positions, parse_command
 from helpsteer_rloo.reward_record import check_reward_model
-from helpsteer_rloo.run_dir import locked, read_json, require_writable, write_json
+from helpsteer_rloo.run_dir import locked
 
 if TYPE_CHECKING:
-    from helpsteer_rloo.data.sources import RawRow
     from helpsteer_rloo.rendering import Renderer
-
-ROWS_AT_ONCE = 256
-"""Rows that are read, scored and written together."""
-_ADDED = ("scores", "cut", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +54,7 @@ SCORE = CommandSpec(
 
 def parse_score(argv: Sequence[str] | None = None) -> Settings[ScoreKnobs]:
     """Read the file's name and the flags of the command."""
-    given = list(argv or ())
-    if given and not given[0].startswith("-"):
-        given[0] = f"--input={given[0]}"
-    return parse_command(SCORE, given, checks=[check_score])
+    return parse_command(SCORE, named_positions(argv or (), ["input"]), checks=[check_score])
 
 
 def check_score(settings: Settings[ScoreKnobs]) -> None:
@@ -73,12 +67,21 @@ def check_score(settings: Settings[ScoreKnobs]) -> None:
     for name in ("input", "reward_model_dir", "output"):
         if not getattr(own, name):
             raise ValueError(f"--{name} is missing.")
-    if not own.output.endswith(".jsonl"):
-        raise ValueError(f"--output {own.output}: expected a name that ends in .jsonl.")
-    if Path(own.output).resolve() == Path(own.input).resolve():
-        raise ValueError(f"--output {own.output} is the file that is read; give another one.")
+    check_output(own.input, own.output)
     if own.batch_size < 1:
         raise ValueError(f"--batch_size is {own.batch_size}; expected at least 1.")
+
+
+def check_output(source: str, target: str) -> None:
+    """Check the names of the files that are read and written.
+
+    Raises:
+        ValueError: they are the same, or what is written has another ending.
+    """
+    if not target.endswith(".jsonl"):
+        raise ValueError(f"--output {target}: expected a name that ends in .jsonl.")
+    if Path(target).resolve() == Path(source).resolve():
+        raise ValueError(f"--output {target} is the file that is read; give another one.")
 
 
 def run_score(settings: Settings[ScoreKnobs]) -> None:
@@ -87,73 +90,49 @@ def run_score(settings: Settings[ScoreKnobs]) -> None:
     Raises:
         ValueError: a file cannot be read, a row is not as it should be, or the output is not a part of this one.
     """
-    own, source, target = settings.own, Path(settings.own.input), Path(settings.own.output)
-    if not source.is_file():
-        raise ValueError(f"--input {source}: no such file.")
-    require_writable(target, "--output")
-    trusted = own.trust_remote_code
+    own, trusted = settings.own, settings.own.trust_remote_code
     record = check_reward_model(own.reward_model_dir, "--reward_model_dir", trusted=trusted)
-    asked = {"reward_model": model_identity(own.reward_model_dir), "input": str(source)}
-    with locked(target.with_name(f".{target.name}.lock"), target):
-        _take(target, asked)
+    results = Results(Path(own.input), Path(own.output), ("scores",), "scores")
+    with locked(results.target.with_name(f".{results.target.name}.lock"), results.target):
+        results.begin({"reward_model": model_identity(own.reward_model_dir), "input": str(results.source)})
         _score_file(
-            own, target, record, own_renderer(own.reward_model_dir, record, "--reward_model_dir", trusted=trusted)
+            own, results, record, own_renderer(own.reward_model_dir, record, "--reward_model_dir", trusted=trusted)
         )
 
 
-def _take(target: Path, asked: Mapping[str, Any]) -> None:
-    """Say beside the output what it is of; refuse one that is of something else.
+def _score_file(own: ScoreKnobs, results: Results, record: Mapping[str, Any], renderer: "Renderer") -> None:
+    counts = Counter[str]()
 
-    Raises:
-        ValueError: the output was not begun by this command, or with another reward model or input.
-    """
-    beside = target.with_name(f"{target.name}.of.json")
-    found = read_json(beside)
-    if target.exists() and found is None:
-        raise ValueError(f"--output {target} is there, and this command did not begin it; give another name.")
-    if target.exists() and found != asked:
-        raise ValueError(
-            f"--output {target} was begun with another reward model or input ({beside}); give another name."
-        )
-    write_json(beside, asked)
+    def seen(added: Mapping[str, Any]) -> None:
+        results.count(added, counts)
 
-
-def _score_file(own: ScoreKnobs, target: Path, record: Mapping[str, Any], renderer: "Renderer") -> None:
-    from helpsteer_rloo.data.sources import RowFile, read_rows
-
-    rows, counts = iter(read_rows(RowFile(Path(own.input), None))), Counter[str]()
-    _pass_over(rows, target, counts)
+    rows = results.rest(seen)
     if counts["rows"]:
-        say(f"Going on behind the {counts['rows']} rows that are in {target}.")
+        say(f"Going on behind the {counts['rows']} rows that are in {results.target}.")
     from helpsteer_rloo.model.forward import score_groups
     from helpsteer_rloo.model.loading import load_reward_model
 
     model = load_reward_model(own.reward_model_dir)[0]
-    reader = _Reader(renderer, record["rendering"]["max_length"], _entities(record))
-    with target.open("a", encoding="utf-8") as output:
-        while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            results = [reader.read(raw) for raw in part]
-            for result in results:
-                if result.stops and not own.skip_bad_rows:
-                    raise ValueError(f"{result.error}\nMend the row and give the command again, or --skip_bad_rows.")
-            groups = [result.group for result in results if result.group is not None]
-            scores = iter(score_groups(model, groups, own.batch_size) if groups else [])
-            for raw, result in zip(part, results, strict=True):
-                added = _added(raw, result, next(scores) if result.group is not None else None)
-                _count(added, counts)
-                output.write(_line(raw, added) + "\n")
-            output.flush()
-    say(f"{target}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".")
+
+    def compute(part: Sequence[tuple[RawRow, TokenGroup]]) -> Iterator[dict[str, Any]]:
+        scored = score_groups(model, [group for _, group in part], own.batch_size)
+        for (raw, _), scores in zip(part, scored, strict=True):
+            check_finite(raw, scores)
+            yield {"scores": scores}
+
+    reader = _Reader(renderer, record["rendering"]["max_length"], html_entities_of(record))
+    results.write(rows, reader.read, compute, seen, at_once=ROWS_AT_ONCE, skip_bad_rows=own.skip_bad_rows)
+    say(f"{results.target}: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".")
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A row as it is scored and what was cut off to make it fit; or what is wrong, and whether that is a mistake."""
+def check_finite(raw: RawRow, scores: Sequence[float]) -> None:
+    """Raise where a score is no number.
 
-    group: TokenGroup | None = None
-    cut: tuple[str, ...] = ()
-    error: str = ""
-    stops: bool = False
+    Raises:
+        ValueError: one is not finite.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"{raw.file.path}, line {raw.line}: a score is not finite: the reward model is damaged.")
 
 
 @dataclass(frozen=True)
@@ -164,46 +143,36 @@ class _Reader:
     max_length: int
     html_entities: str
 
-    def read(self, raw: "RawRow") -> _Read:
-        """What is scored of a row."""
-        from helpsteer_rloo.data.sources import BadRowError
+    def read(self, raw: RawRow) -> Read:
+        """What is scored of a row.
 
-        try:
-            prompt, responses, ended = self._asked(raw)
-            _line(raw, {})  # what cannot be written again
-            ids = [self.renderer.continuation_ids(t, ended=end) for t, end in zip(responses, ended, strict=True)]
-            found = self.renderer.fit_prompt(prompt, max(map(len, ids)), self.max_length)
-        except BadRowError as error:
-            return _Read(error=str(error), stops=True)
-        except (ValueError, TypeError) as error:  # of the renderer, about the turns, or of JSON
-            return _Read(error=f"{raw.file.path}, line {raw.line}: {error}", stops=True)
+        Raises:
+            ValueError: it is not as it should be.
+        """
+        prompt, responses, ended = self._asked(raw)
+        ids = [self.renderer.continuation_ids(t, ended=end) for t, end in zip(responses, ended, strict=True)]
+        found = self.renderer.fit_prompt(prompt, max(map(len, ids)), self.max_length)
         if found is None:
-            return _Read(error=f"the last turn alone leaves no room for a response in {self.max_length} tokens")
+            return Read(error=f"the last turn alone leaves no room for a response in {self.max_length} tokens")
         messages, prompt_ids = found
         room = self.max_length - len(prompt_ids)
         cut = {"context": messages != tuple(prompt), "response": max(map(len, ids)) > room}
         group = TokenGroup((), prompt_ids, tuple(one[:room] for one in ids))
-        return _Read(group, tuple(what for what, is_cut in cut.items() if is_cut))
+        return Read(group, tuple(what for what, is_cut in cut.items() if is_cut))
 
-    def _asked(self, raw: "RawRow") -> tuple[Sequence[Message], Sequence[str], list[bool]]:
+    def _asked(self, raw: RawRow) -> tuple[Sequence[Message], Sequence[str], list[bool]]:
         """Conversation and responses of a row, and whether each response ended.
 
         Raises:
             BadRowError: something is missing or of another type.
         """
-        from helpsteer_rloo.data.fields import FieldReader
-        from helpsteer_rloo.data.helpsteer3 import Counts, read_row
-        from helpsteer_rloo.data.sources import BadRowError
-
-        if isinstance(raw.content, BadRowError):
-            raise raw.content
-        reader, row = FieldReader(raw), raw.content
+        prompt = read_prompt(raw, self.html_entities)
+        reader, row = FieldReader(raw), cast(dict[str, Any], raw.content)
         if "context" in row and "messages" not in row:
             found = read_row(raw, Counts(), self.html_entities)
             return found.context, found.responses, [True, True]
         if "response" in row and "responses" in row:
             raise reader.bad("responses", "stands beside response; one of them is to be given")
-        prompt = reader.turns(row, "messages")
         responses = (reader.text(row, "response"),) if "response" in row else reader.texts(row, "responses")
         if not responses:
             raise reader.bad("responses", "is empty")
@@ -216,79 +185,6 @@ class _Reader:
         return prompt, responses, given
 
 
-def _entities(record: Mapping[str, Any]) -> str:
-    """How HTML entities were decoded in the reward model's training."""
+def html_entities_of(record: Mapping[str, Any]) -> str:
+    """How HTML entities were decoded in the training of a reward model."""
     return str((record.get("settings") or {}).get("html_entities", DataKnobs().html_entities))
-
-
-def _added(raw: "RawRow", result: _Read, scores: list[float] | None) -> dict[str, Any]:
-    """What is written beside the row itself.
-
-    Raises:
-        ValueError: a score is not finite.
-    """
-    if scores is None:
-        return {"scores": None, "error": result.error}
-    if not all(map(math.isfinite, scores)):
-        raise ValueError(f"{raw.file.path}, line {raw.line}: a score is not finite: the reward model is damaged.")
-    return {"scores": scores, **({"cut": list(result.cut)} if result.cut else {})}
-
-
-def _count(added: Mapping[str, Any], counts: Counter[str]) -> None:
-    counts["rows"] += 1
-    counts.update(f"{what} cut" for what in added.get("cut", ()))
-    if added["scores"] is None:
-        counts["without scores"] += 1
-
-
-def _line(raw: "RawRow", added: Mapping[str, Any]) -> str:
-    """A row as it is written.
-
-    Raises:
-        ValueError, TypeError: it holds what JSON does not.
-    """
-    try:
-        return json.dumps({**_kept(raw), **added}, allow_nan=False)
-    except (ValueError, TypeError):
-        if "error" in added:
-            return json.dumps({"line": raw.line, **added}, allow_nan=False)
-        raise
-
-
-def _kept(raw: "RawRow") -> dict[str, Any]:
-    """What is written again of a row: not what an earlier scoring added."""
-    content = raw.content if isinstance(raw.content, dict) else {"line": raw.line}
-    return {name: value for name, value in content.items() if name not in _ADDED}
-
-
-def _pass_over(rows: "Iterator[RawRow]", target: Path, counts: Counter[str]) -> None:
-    """Pass over the rows that are in the output already, count them, and cut off a part of a line at its end.
-
-    Raises:
-        ValueError: the output has other rows.
-    """
-    if not target.exists():
-        return
-    with target.open("r+b") as file:
-        whole = 0
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            raw = next(rows, None)
-            added = _added_before(line)
-            if raw is None or added is None or _line(raw, added).encode() + b"\n" != line:
-                raise ValueError(f"--output {target}, line {number}: is not of this input; give another name.")
-            _count(added, counts)
-            whole += len(line)
-        file.truncate(whole)
-
-
-def _added_before(line: bytes) -> dict[str, Any] | None:
-    """What an earlier scoring wrote beside a row; none if this is no line of one."""
-    try:
-        done = json.loads(line)
-    except ValueError:
-        return None
-    return (
-        {name: done[name] for name in _ADDED if name in done} if isinstance(done, dict) and "scores" in done else None
-    )

@@ -131,6 +131,16 @@ def read_row(raw: RawRow, counts: Counts, html_entities: str) -> Row:
     return decoded
 
 
+def read_context(raw: RawRow, html_entities: str) -> tuple[Message, ...]:
+    """The conversation of a row alone, which may have no responses, its HTML entities decoded as asked.
+
+    Raises:
+        BadRowError: it is missing or not as it should be.
+    """
+    context = FieldReader(raw).turns(raw.content, "context")
+    return context if html_entities == "none" else _without_entities(context)
+
+
 class _RowReader(FieldReader):
     """Reads the fields that HelpSteer3's schema has besides texts."""
 
@@ -159,10 +169,14 @@ class _RowReader(FieldReader):
 def _decode_entities(row: Row, where: str) -> Row:
     if where == "none":
         return row
-    context = tuple(Message(m.role, _decoded(m.content)) for m in row.context)
+    context = _without_entities(row.context)
     first, second = row.responses
     responses = (_decoded(first), _decoded(second)) if where == "all" else row.responses
     return dataclasses.replace(row, context=context, responses=responses)
+
+
+def _without_entities(context: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(Message(m.role, _decoded(m.content)) for m in context)
 
 
 def _decoded(text: str) -> str:
