@@ -202,8 +202,8 @@ def _check_directories(settings: PipelineSettings) -> None:
             )
 
 
-def prompt_room(max_length: int, response_length: int) -> int:
-    """Tokens that a reward model's limit leaves for a prompt beside the longest completion.
+def prompt_room(max_length: int, response_length: int, flag: str = "--response_length") -> int:
+    """Tokens that a reward model's limit leaves for a prompt beside the longest completion, which a flag says.
 
     Raises:
         ValueError: it leaves too few.
@@ -211,7 +211,7 @@ def prompt_room(max_length: int, response_length: int) -> int:
     room = max_length - response_length
     if room < max_length // MINIMUM_ROOM:
         raise ValueError(
-            f"--response_length {response_length} leaves {max(room, 0)} tokens for the prompt: the reward model reads "
-            f"at most {max_length} in all. Lower --response_length, or train the reward model with more --max_length."
+            f"{flag} {response_length} leaves {max(room, 0)} tokens for the prompt: the reward model reads "
+            f"at most {max_length} in all. Lower {flag}, or train the reward model with more --max_length."
         )
     return room

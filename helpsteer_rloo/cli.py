@@ -32,6 +32,8 @@ COMMANDS = {
     "demo": "the whole pipeline offline, in a small world with a known gold quality",
     "evaluate": "a reward model, or scores from elsewhere, on JudgeBench, RM-Bench, RewardBench 2 or your own pairs",
     "score": "the responses of a file, by a reward model",
+    "chat": "with a trained policy, beside the untrained one, each answer scored",
+    "best-of": "the best of N answers to each prompt of a file, by a reward model",
     "serve": "a reward model behind HTTP, in the formats of OpenRLHF, vLLM and its own",
     "export": "a trained model as transformers and vLLM load it, and on the hub",
     "data": "read, select and split a data set, and print what became of every row",
@@ -147,6 +149,22 @@ def score(argv: list[str] | None = None) -> None:
     guarded(lambda: run_score(settings))
 
 
+def chat(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo chat`."""
+    from helpsteer_rloo.chat_command import parse_chat, run_chat
+
+    settings = parse_chat(argv)
+    guarded(lambda: run_chat(settings))
+
+
+def best_of(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo best-of`."""
+    from helpsteer_rloo.best_of_command import parse_best_of, run_best_of
+
+    settings = parse_best_of(argv)
+    guarded(lambda: run_best_of(settings))
+
+
 def serve(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo serve`."""
     from helpsteer_rloo.serve_command import parse_serve, run_serve
@@ -170,6 +188,8 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "demo": run_demo,
     "evaluate": evaluate,
     "score": score,
+    "chat": chat,
+    "best-of": best_of,
     "serve": serve,
     "export": export,
     "data": show_data,

@@ -1,5 +1,6 @@
 """What a run prints: progress lines, and tables of data, predictions and results."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from helpsteer_rloo.processes import is_main_process
 
 _CONSOLE = Console()
 WIDTH_OF_PROMPT = 48
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys or mirrors text by, all but newlines and tabs; and what cannot be encoded."""
 _WIN_RATES = {
     "win rate at equal length": "length_controlled_win_rate",
     "win rate by the guard": "guard_win_rate",
@@ -22,6 +25,15 @@ def say(message: str) -> None:
     """Print one line of progress, on the main process only."""
     if is_main_process():
         _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}", soft_wrap=True, highlight=False)
+
+
+def printable(text: str) -> str:
+    r"""Text from elsewhere as it may be printed: control characters, and marks that turn its direction, spelled out.
+
+    >>> print(printable("a\tb\x1b[2J"))
+    a	b\x1b[2J
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def show(table: Table) -> None:
@@ -197,6 +209,16 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
         table.add_row(f"difference: {names}", *_cells(pair["difference"]))
         table.add_row("agreement of the two", f"{pair['agreement']:.3f}", "")
         table.add_row("McNemar p", f"{pair['mcnemar_p']:.3g}", "")
+    return table
+
+
+def best_of_table(found: Mapping[str, Any]) -> Table:
+    """What choosing the best of n answers comes to."""
+    table = _of_estimates(f"Best of {found['n']}, by reward")
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            table.add_row(f"{name} (prompts)", *_cells(value))
+    table.add_row("KL from the policy, at the most (nats)", f"{found['kl']:.3f}", "")
     return table
 
 

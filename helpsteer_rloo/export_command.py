@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import say
 from helpsteer_rloo.parsing import parse_command
-from helpsteer_rloo.reward_record import DTYPES, check_base_record, check_reward_model
+from helpsteer_rloo.policy_record import read_policy
+from helpsteer_rloo.reward_record import DTYPES, check_reward_model
 from helpsteer_rloo.run_dir import (
     HELDOUT_PROMPTS,
     POLICY_RECORD,
     REWARD_MODEL_RECORD,
-    read_record,
     write_json,
     write_text,
 )
@@ -168,13 +168,9 @@ def _trained(own: ExportKnobs) -> _Trained:
     if (source / REWARD_MODEL_RECORD).exists():
         record = check_reward_model(source, "--model_dir", trusted=own.trust_remote_code)
         return _Trained(source, record, scores=True)
-    record = read_record(source / POLICY_RECORD, {"base": dict, "adapter": bool})
-    if record is None:
+    if not (source / POLICY_RECORD).exists():
         raise ValueError(f"--model_dir {source}: no finished reward model or policy of this project is there.")
-    check_base_record(source / POLICY_RECORD, record["base"])
-    if record["base"].get("trust_remote_code") and not own.trust_remote_code:
-        raise ValueError("The policy's base runs code of its own. If you trust it, give --trust_remote_code true.")
-    return _Trained(source, record, scores=False)
+    return _Trained(source, read_policy(source, "--model_dir", trusted=own.trust_remote_code).record, scores=False)
 
 
 def _copy_adapter(trained: _Trained, target: Path) -> None:

@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "heartbeat",
             "identity",
             "parsing",
+            "policy_record",
             "run_dir",
             "preemption",
             "processes",
@@ -58,6 +59,12 @@ LAYERS: tuple[frozenset[str], ...] = (
             "serve_command",
             "export_command",
             "score_command",
+            "playing",
+            "best_of_command",
+            "chat_command",
+            "chat_partner",
+            "chat_screen",
+            "chat_session",
         }
     ),
 )
@@ -88,6 +95,8 @@ LIGHT = frozenset(
         "serve_command",
         "export_command",
         "score_command",
+        "best_of_command",
+        "chat_command",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})

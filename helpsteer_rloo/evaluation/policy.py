@@ -141,8 +141,7 @@ def _completion_log_probs(model: Model, drawn: Sequence[TokenGroup], temperature
 
 
 def _answers(completions: list[Completion], tokenizer: PreTrainedTokenizerBase) -> Answers:
-    bodies = [c.ids[:-1] if c.ended else c.ids for c in completions]
-    return Answers(completions, tokenizer.batch_decode([list(ids) for ids in bodies]), [])
+    return Answers(completions, tokenizer.batch_decode([list(c.body) for c in completions]), [])
 
 
 def _scored(

@@ -8,7 +8,7 @@ The sampler computes a prompt once for all of its samples, and drops rows that h
 import hashlib
 import math
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -49,6 +49,11 @@ class Completion:
     ended: bool
     log_probs: tuple[float, ...] = ()
     untruncated: tuple[float, ...] = ()
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """The ids without the one that ended it."""
+        return self.ids[:-1] if self.ended else self.ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,25 @@ def sample_groups(
     return [[results[i, j] for j in range(len(group))] for i, group in enumerate(seeds)]
 
 
+def stream(
+    model: Model, prompt: Sequence[int], seed: int, sampling: Sampling, goes_on: Callable[[int], bool]
+) -> Completion:
+    """Draw one completion as `sample_groups` does, and tell its tokens as they are drawn.
+
+    Args:
+        model: One that `supports_sampler` accepts.
+        prompt: At least one token.
+        seed: Of the completion.
+        sampling: Length, distribution and ends.
+        goes_on: Called with every token that is followed by another one; if it returns false, the completion is cut
+            off behind that token.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    with _one_at_a_time, torch.no_grad(), _ready_to_decode(inner, 1) as step:
+        (completion,) = _complete(inner, step, [_Piece(tuple(prompt), (seed,), ((0, 0),))], sampling, goes_on)
+    return completion
+
+
 def _chunks(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], rows: int) -> list[list[_Piece]]:
     """What is decoded together: prompts of about one length, at most `rows` completions."""
     places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -200,8 +224,14 @@ def _ready_to_decode(inner: Any, rows: int) -> Generator[Step]:
             inner.set_attn_implementation(attention)
 
 
-def _complete(inner: Any, step: Step, chunk: list[_Piece], sampling: Sampling) -> list[Completion]:
-    """Decode the completions of one chunk, in its order."""
+def _complete(
+    inner: Any,
+    step: Step,
+    chunk: list[_Piece],
+    sampling: Sampling,
+    goes_on: Callable[[int], bool] | None = None,
+) -> list[Completion]:
+    """Decode the completions of one chunk, in its order, until they have ended or `goes_on` of a token is false."""
     body, head = getattr(inner, inner.base_model_prefix), inner.get_output_embeddings()
     prefill, hidden_GD = read_prompts(body, [piece.prompt for piece in chunk], inner.device)
     groups = [group for group, piece in enumerate(chunk) for _ in piece.seeds]
@@ -214,6 +244,8 @@ def _complete(inner: Any, step: Step, chunk: list[_Piece], sampling: Sampling) -
         if len(left) <= LIVE_SHARE * len(logits_RV):
             cascade.keep(left)
             record.keep(left)
+        if goes_on is not None and not goes_on(int(record.last()[0, 0])):
+            break
         logits_RV = head(step(record.last(), cascade.advance(), cascade))
     return record.completions()
 
