@@ -92,8 +92,9 @@ def run_serve(settings: Settings[ServeKnobs]) -> None:
     from helpsteer_rloo.model.forward import score_groups
     from helpsteer_rloo.model.loading import load_reward_model
     from helpsteer_rloo.model.memory import AtOnce
-    from helpsteer_rloo.serving.app import Limits, build_app
+    from helpsteer_rloo.serving.app import build_app
     from helpsteer_rloo.serving.server import serve
+    from helpsteer_rloo.serving.service import Limits
 
     model, _ = load_reward_model(own.reward_model_dir)
     limits = Limits(

@@ -14,8 +14,9 @@ from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.model.forward import score_groups, score_sequences
 from helpsteer_rloo.model.loading import load_reward_model, load_tokenizer
 from helpsteer_rloo.rendering import Renderer
-from helpsteer_rloo.serving.app import Limits, build_app
+from helpsteer_rloo.serving.app import build_app
 from helpsteer_rloo.serving.batching import Batcher, FullError, ScoringError, running
+from helpsteer_rloo.serving.service import Limits
 from tests.broken.conftest import world
 
 __all__ = ["world"]
