@@ -765,6 +765,8 @@ HELPS = [
     (f"{CLI} evaluate --help", "--benchmark_path"),
     (f"{CLI} data --help", "--skip_bad_rows"),
     (f"{CLI} score --help", "--output"),
+    (f"{CLI} chat --help", "--guard_dir"),
+    (f"{CLI} best-of --help", "--keep_all"),
     (f"{CLI} serve --help", "--queue_tokens"),
     (f"{CLI} export --help", "--push_to_hub"),
 ]

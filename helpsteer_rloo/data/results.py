@@ -68,10 +68,10 @@ class Results:
             raise ValueError(f"--input {self.source}: no such file.")
         require_writable(self.target, "--output")
         beside = self.target.with_name(f"{self.target.name}.of.json")
-        found = read_json(beside)
-        if self.target.exists() and found is None:
+        found, begun = read_json(beside), self.target.exists() and self.target.stat().st_size > 0
+        if begun and found is None:
             raise ValueError(f"--output {self.target} is there, and this command did not begin it; give another name.")
-        if self.target.exists() and found is not None and found != asked:
+        if begun and found is not None and found != asked:
             names = [name for name in {**asked, **found} if asked.get(name) != found.get(name)]
             other = " and ".join(name.replace("_", " ") for name in names)
             raise ValueError(f"--output {self.target} was begun with another {other} ({beside}); give another name.")
