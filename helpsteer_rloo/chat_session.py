@@ -143,9 +143,7 @@ class Session:
             return self._ask(line[1:] if line.startswith("//") else line)
         name, _, rest = line[1:].partition(" ")
         if name not in self._commands:
-            raise ValueError(
-                f"There is no command /{name}; /help lists them. A turn that begins so is written //{name}."
-            )
+            raise ValueError(f"There is no command /{name} (see /help); a turn that begins so is written //{name}.")
         return self._commands[name](rest.strip())
 
     def _messages(self, turns: Sequence[Turn]) -> list[Message]:
