@@ -28,6 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "checkpoints",
             "flags",
             "heartbeat",
+            "hub",
             "identity",
             "parsing",
             "run_dir",
