@@ -1,6 +1,8 @@
-"""What a run prints: progress lines, and tables of data, predictions and results."""
+"""What a run prints: lines, and tables of data, predictions and results."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +11,16 @@ from rich.table import Table
 
 from helpsteer_rloo.processes import is_main_process
 
-_CONSOLE = Console()
+
+@dataclass
+class _Output:
+    """Where everything is printed, and whether that is what matters most alone."""
+
+    console: Console
+    quiet: bool = False
+
+
+_OUTPUT = _Output(Console())
 WIDTH_OF_PROMPT = 48
 _WIN_RATES = {
     "win rate at equal length": "length_controlled_win_rate",
@@ -18,16 +29,42 @@ _WIN_RATES = {
 }
 
 
+@contextmanager
+def speaking_to(console: Console, *, quiet: bool = False) -> Generator[None]:
+    """Within, lines and tables go to a console; of them, if it is to be quiet, only warnings and conclusions."""
+    before = _OUTPUT.console, _OUTPUT.quiet
+    _OUTPUT.console, _OUTPUT.quiet = console, quiet
+    try:
+        yield
+    finally:
+        _OUTPUT.console, _OUTPUT.quiet = before
+
+
 def say(message: str) -> None:
     """Print one line of progress, on the main process only."""
-    if is_main_process():
-        _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}", soft_wrap=True, highlight=False)
+    if not _OUTPUT.quiet:
+        conclude(message)
 
 
 def show(table: Table) -> None:
     """Print a table, on the main process only."""
-    if is_main_process():
-        _CONSOLE.print(table)
+    if not _OUTPUT.quiet:
+        conclude(table)
+
+
+def warn(message: str) -> None:
+    """Print a warning, on the main process only, whether or not it is to be quiet."""
+    conclude(f"WARNING: {message}")
+
+
+def conclude(result: str | Table) -> None:
+    """Print a line or table of what came out in the end, on the main process only, whether or not it is to be quiet."""
+    if not is_main_process():
+        return
+    if isinstance(result, Table):
+        _OUTPUT.console.print(result)
+    else:
+        _OUTPUT.console.print(f"[bold cyan]>[/] {escape(result)}", soft_wrap=True, highlight=False)
 
 
 def data_table(report: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any, cast
 
 SECONDS = 5.0
 """That an answer may take."""
@@ -22,7 +23,8 @@ def absence(name: str, revision: str | None = None, repo_type: str = "model") ->
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    network_error = HfHubHTTPError.__bases__[0]  # of whichever HTTP library the hub's client stands on
+    # That of whichever HTTP library the hub's client stands on.
+    network_error: type[Exception] = cast(Any, HfHubHTTPError.__bases__[0])
     try:
         HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=SECONDS)
     except (HfHubHTTPError, HFValidationError):

@@ -175,6 +175,16 @@ def _reward_record(
     }
 
 
+def reward_stage_name(number: int) -> str:
+    """The stage that trains the reward model of this number in an ensemble, from 1."""
+    return "reward_model" if number == 1 else f"reward_model_{number}"
+
+
+def verification_name(of: str) -> str:
+    """The stage that verifies what another one trained."""
+    return "verification" if of == "reward_model" else f"{of}_verification"
+
+
 def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of: str = "reward_model") -> Stage:
     """Score the held-out pairs; print sample predictions; add accuracy and interval to the reward model's record."""
     directory = Path(settings.own.output_dir)
@@ -204,7 +214,7 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of
         return heldout
 
     return Stage(
-        "verification" if of == "reward_model" else f"{of}_verification",
+        verification_name(of),
         {"sample_predictions": settings.own.sample_predictions},
         work,
         needs=("data", of),
