@@ -74,9 +74,11 @@ class RunState:
     metrics: dict[str, float] = field(default_factory=dict)
     guard: float | None = None
     tokens: Pace = field(default_factory=Pace)
+    memory: int = 0
 
     def take(self, event: Event, now: float) -> bool:
         """Learn from an event; whether it is new, which a stage that is told again to be finished is not."""
+        self.memory = memory_bytes()  # here, and not where it is drawn: that thread may meet a half imported torch
         match event:
             case RunPlanned():
                 self.stages, self.earlier = event.stages, event.earlier_seconds
@@ -163,7 +165,7 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
 def memory_bytes() -> int:
     """Most memory held so far: what torch has allocated on this process's GPU, else the process's resident set."""
     torch = sys.modules.get("torch")  # not imported for this
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -215,7 +217,7 @@ def facts(state: RunState, now: float) -> list[str]:
         found.append(f"{clock(left)} left")
     if (run := state.run_seconds_left(now)) is not None and len(state.stages) > 1:
         found.append(f"run {'' if run[1] else '> '}{clock(run[0])} left")
-    return [*found, f"{memory_bytes() / 2**30:.2f} GiB"]
+    return [*found, f"{state.memory / 2**30:.2f} GiB"]
 
 
 def shown_metrics(state: RunState) -> list[str]:
@@ -324,7 +326,7 @@ def _progress_record(event: Progressed, state: RunState, now: float) -> dict[str
         "tokens_per_second": _rounded(state.tokens.rate),
         "seconds_left": _rounded(left),
         "run_seconds_left": _rounded(run[0]) if run and run[1] else None,
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": state.memory,
     }
 
 
