@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
+from helpsteer_rloo.flags import unknown_name
 from helpsteer_rloo.knobs import RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
@@ -22,8 +23,14 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = ("seed", "weight_decay", "max_grad_norm", "top_k", "epsilon_high", "warmup_steps")
 _BACKENDS = ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl")
 _LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
-_TRACKERS = ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab", "codecarbon", "neptune", "dvclive")
-"""Of what `--report_to` takes, those whose package has the same name."""
+_TRACKERS = {
+    name: name
+    for name in (
+        "tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "codecarbon", "neptune",
+        "dvclive", "dagshub", "kubeflow",
+    )
+} | {"azure_ml": "azureml", "flyte": "flytekit"}  # fmt: skip
+"""What `--report_to` takes, with the package that each of them needs."""
 _LARGEST_SEED = 2**32 - 1
 """NumPy takes no larger one."""
 _POSITIVE = ("num_train_epochs", "learning_rate", "temperature", "save_steps", "eval_steps", "logging_steps")
@@ -64,11 +71,23 @@ def _check_choices(trl: Mapping[str, Any]) -> None:
         raise ValueError(f"--ddp_backend is {trl['ddp_backend']!r}; expected one of {', '.join(_BACKENDS)}.")
     if any("=" not in part for part in str(trl.get("optim_args") or "=").split(",")):
         raise ValueError(f"--optim_args is {trl['optim_args']!r}; expected name=value, with commas between several.")
-    for tracker in trl.get("report_to") or ():
-        if tracker in _TRACKERS and importlib.util.find_spec(tracker) is None:
-            raise ValueError(f"--report_to {tracker} needs the package {tracker}, which is not installed here.")
+    _check_trackers(trl.get("report_to"))
     if trl.get("bf16") and trl.get("fp16"):
         raise ValueError("--bf16 and --fp16 exclude each other; give one of them or neither.")
+
+
+def _check_trackers(report_to: Any) -> None:
+    for tracker in [report_to] if isinstance(report_to, str) else report_to or ():
+        if tracker in ("none", "all"):
+            continue
+        if tracker not in _TRACKERS:
+            raise ValueError(f"--report_to: {unknown_name(tracker, [*_TRACKERS, 'none', 'all'], 'tracker')}.")
+        package = _TRACKERS[tracker]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"--report_to {tracker} needs the package {package}, which is not installed here: "
+                f"pip install {package}."
+            )
 
 
 def check_rloo(settings: Settings[RLOOKnobs]) -> None:

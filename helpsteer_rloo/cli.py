@@ -7,8 +7,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from helpsteer_rloo import __version__
+from helpsteer_rloo.knobs import EngineKnobs
 from helpsteer_rloo.preemption import STOPPED, Stopped
 from helpsteer_rloo.processes import process_count
 
@@ -74,9 +76,10 @@ def train_reward_model(argv: list[str] | None = None) -> None:
     settings = parse_command(REWARD, argv, checks=[check_reward])
 
     def work() -> None:
-        from helpsteer_rloo.pipeline import run_reward_model
+        with _shown(settings.own):
+            from helpsteer_rloo.pipeline import run_reward_model
 
-        run_reward_model(settings)
+            run_reward_model(settings)
 
     guarded(work)
 
@@ -90,9 +93,10 @@ def train_policy(argv: list[str] | None = None) -> None:
     settings = parse_command(RLOO, argv, checks=[check_rloo])
 
     def work() -> None:
-        from helpsteer_rloo.pipeline import run_rloo
+        with _shown(settings.own):
+            from helpsteer_rloo.pipeline import run_rloo
 
-        run_rloo(settings)
+            run_rloo(settings)
 
     guarded(work)
 
@@ -104,9 +108,10 @@ def run_pipeline(argv: list[str] | None = None) -> None:
     settings = parse_pipeline(argv)
 
     def work() -> None:
-        from helpsteer_rloo import pipeline
+        with _shown(settings.own):
+            from helpsteer_rloo import pipeline
 
-        pipeline.run_pipeline(settings)
+            pipeline.run_pipeline(settings)
 
     guarded(work)
 
@@ -118,9 +123,10 @@ def run_demo(argv: list[str] | None = None) -> None:
     settings = parse_demo(argv)
 
     def work() -> None:
-        from helpsteer_rloo import demo
+        with _shown(settings.pipeline.own):
+            from helpsteer_rloo import demo
 
-        demo.run_demo(settings)
+            demo.run_demo(settings)
 
     guarded(work)
 
@@ -130,7 +136,7 @@ def show_data(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.data_command import parse_data, run_data
 
     settings = parse_data(argv)
-    guarded(lambda: run_data(settings))
+    guarded(lambda: _in_view(lambda: run_data(settings)))
 
 
 def evaluate(argv: list[str] | None = None) -> None:
@@ -138,7 +144,7 @@ def evaluate(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.evaluate_command import parse_evaluate, run_evaluate
 
     settings = parse_evaluate(argv)
-    guarded(lambda: run_evaluate(settings))
+    guarded(lambda: _in_view(lambda: run_evaluate(settings)))
 
 
 def score(argv: list[str] | None = None) -> None:
@@ -146,7 +152,7 @@ def score(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.score_command import parse_score, run_score
 
     settings = parse_score(argv)
-    guarded(lambda: run_score(settings))
+    guarded(lambda: _in_view(lambda: run_score(settings)))
 
 
 def chat(argv: list[str] | None = None) -> None:
@@ -194,6 +200,21 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "data": show_data,
 }
+
+
+def _shown(own: EngineKnobs) -> AbstractContextManager[None]:
+    """Within, a run is shown as its flags say."""
+    from helpsteer_rloo.live import shown
+
+    return shown(own.progress, own.progress_seconds)
+
+
+def _in_view(work: Callable[[], None]) -> None:
+    """Do what has no such flags, with a live block in a terminal."""
+    from helpsteer_rloo.live import shown
+
+    with shown("auto", otherwise="none"):
+        work()
 
 
 def guarded(work: Callable[[], None]) -> None:

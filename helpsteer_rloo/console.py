@@ -1,7 +1,9 @@
-"""What a run prints: progress lines, and tables of data, predictions and results."""
+"""What a run prints: lines, and tables of data, predictions and results."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,16 @@ from rich.table import Table
 
 from helpsteer_rloo.processes import is_main_process
 
-_CONSOLE = Console()
+
+@dataclass
+class _Output:
+    """Where everything is printed, and whether that is what matters most alone."""
+
+    console: Console
+    quiet: bool = False
+
+
+_OUTPUT = _Output(Console())
 WIDTH_OF_PROMPT = 48
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal obeys or mirrors text by, all but newlines and tabs; and what cannot be encoded."""
@@ -21,10 +32,21 @@ _WIN_RATES = {
 }
 
 
+@contextmanager
+def speaking_to(console: Console, *, quiet: bool = False) -> Generator[None]:
+    """Within, lines and tables go to a console; of them, if it is to be quiet, only warnings and conclusions."""
+    before = _OUTPUT.console, _OUTPUT.quiet
+    _OUTPUT.console, _OUTPUT.quiet = console, quiet
+    try:
+        yield
+    finally:
+        _OUTPUT.console, _OUTPUT.quiet = before
+
+
 def say(message: str) -> None:
     """Print one line of progress, on the main process only."""
-    if is_main_process():
-        _CONSOLE.print(f"[bold cyan]>[/] {escape(message)}", soft_wrap=True, highlight=False)
+    if not _OUTPUT.quiet:
+        conclude(message)
 
 
 def printable(text: str) -> str:
@@ -38,8 +60,23 @@ def printable(text: str) -> str:
 
 def show(table: Table) -> None:
     """Print a table, on the main process only."""
-    if is_main_process():
-        _CONSOLE.print(table)
+    if not _OUTPUT.quiet:
+        conclude(table)
+
+
+def warn(message: str) -> None:
+    """Print a warning, on the main process only, whether or not it is to be quiet."""
+    conclude(f"WARNING: {message}")
+
+
+def conclude(result: str | Table) -> None:
+    """Print a line or table of what came out in the end, on the main process only, whether or not it is to be quiet."""
+    if not is_main_process():
+        return
+    if isinstance(result, Table):
+        _OUTPUT.console.print(result)
+    else:
+        _OUTPUT.console.print(f"[bold cyan]>[/] {escape(result)}", soft_wrap=True, highlight=False)
 
 
 def data_table(report: Mapping[str, Any]) -> Table:

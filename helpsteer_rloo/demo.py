@@ -12,6 +12,7 @@ from helpsteer_rloo.checks import check_pipeline
 from helpsteer_rloo.config import PipelineSettings
 from helpsteer_rloo.data.demo import DemoBaseSettings, gold, write_rows
 from helpsteer_rloo.flags import Flag, own_flags, read_yaml, unknown_name
+from helpsteer_rloo.knobs import PROGRESS
 from helpsteer_rloo.parsing import pipeline_settings
 from helpsteer_rloo.pipeline import run_pipeline
 from helpsteer_rloo.stages import Stage
@@ -34,11 +35,14 @@ def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
     parser.add_argument("--output_dir", help="directory of everything the demo makes (default: the file's)")
     parser.add_argument("--engine", choices=("packed", "trl"), help="of both stages; trl is TRL's own, for comparison")
     parser.add_argument("--guard", choices=("true", "false"), help="whether to watch the policy (default: the file's)")
+    parser.add_argument("--progress", choices=PROGRESS, help="what is shown while the run goes on (default: auto)")
+    parser.add_argument("--report_to", nargs="+", help="trackers of the trainings: tensorboard, trackio, wandb")
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest:
         unknown = rest[0].partition("=")[0].removeprefix("--")
         parser.exit(2, f"helpsteer-rloo demo: {unknown_name(unknown, list(vars(args)), 'flag')}\n")
     given: dict[str, Any] = {"seed": args.seed, "output_dir": args.output_dir, "engine": args.engine}
+    given |= {"progress": args.progress, "report_to": args.report_to}
     given |= {"guard": None if args.guard is None else args.guard == "true"}
     given = {key: value for key, value in given.items() if value is not None}
     try:

@@ -15,9 +15,9 @@ _PROBED_BYTES = 1 << 20
 _WITHOUT_EFFECT = (
     "output_dir", "rollouts_dir", "reward_model_path", "guard_reward_model", "reward_ensemble", "ensemble",
     "sample_predictions", "local_rollout_forward_batch_size",
-    "logging_", "log_", "report_to", "run_name", "per_device_eval_batch_size", "disable_tqdm", "hub_", "push_to_hub",
-    "dataloader_num_workers", "dataloader_p", "project", "trackio_", "num_completions_to_print", "max_bad_steps",
-    "use_cpu", "ddp_", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "logging_", "log_", "report_to", "run_name", "per_device_eval_batch_size", "disable_tqdm", "progress", "hub_",
+    "push_to_hub", "dataloader_num_workers", "dataloader_p", "project", "trackio_", "num_completions_to_print",
+    "max_bad_steps", "use_cpu", "ddp_", "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Flags, or beginnings of flags, that leave the result as it is; changing them makes no stage run again."""
 _OF_THE_BEST = ("save_", "eval_")

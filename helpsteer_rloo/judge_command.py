@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpsteer_rloo.console import comparison_table, findings_table, judgement_table, say, show
+from helpsteer_rloo.console import comparison_table, findings_table, judgement_table, say, show, warn
 from helpsteer_rloo.flags import own_flags
 from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.provenance import provenance
@@ -169,7 +169,7 @@ def _trained_with(directory: str, record: dict[str, Any]) -> dict[str, Any]:
 def _say_what_is_left_out(counts: Mapping[str, int], heldout: int) -> None:
     found, prompts = counts["heldout_prompts"], counts["prompts"]
     if not found:
-        say("WARNING: no prompt of this data set was held out in training; all of its pairs are judged.")
+        warn("no prompt of this data set was held out in training; all of its pairs are judged.")
     elif found < heldout:
         say(
             f"Of the {heldout} prompts held out in training {found} are in these data; the {prompts - found} other "

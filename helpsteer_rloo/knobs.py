@@ -10,6 +10,7 @@ DEFAULT_REWARD_MODEL_DIR = "models/qwen3_8b_reward_model"
 DEFAULT_POLICY_DIR = "models/rloo_helpsteer3"
 LOSSES = ("bt", "margin", "scaled")
 ACTIONS = ("rollback", "stop", "warn")
+PROGRESS = ("auto", "rich", "plain", "json", "quiet")
 
 
 def _knob(default: Any, help_text: str) -> Any:
@@ -61,7 +62,7 @@ class DataKnobs:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKnobs(DataKnobs):
-    """How passes are computed, the same loss of the same batch to float error, and how often they may fail.
+    """How passes are computed, the same loss of the same batch to float error, and what is shown of a run.
 
     Batches of reward training differ: packed ones hold whole prompts, TRL's scattered pairs.
     """
@@ -78,6 +79,14 @@ class EngineKnobs(DataKnobs):
     max_bad_steps: int = _knob(
         5, "Optimizer steps in a row that may be skipped because their gradient is not finite; more end the run."
     )
+    progress: str = _knob(
+        "auto",
+        "What is shown while a run goes on: 'rich', a live block in the terminal; 'plain' lines; 'json', an event a "
+        "line on standard output; 'quiet', warnings and results alone; 'auto' is rich in a terminal, plain elsewhere.",
+    )
+    progress_seconds: float | None = _knob(
+        None, "Least seconds between two plain lines, or two json events, about a task's steps (default: 10, json 1)."
+    )
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
@@ -90,6 +99,9 @@ class EngineKnobs(DataKnobs):
             "at least 1 token",
         )
         _require(self.max_bad_steps >= 0, "max_bad_steps", self.max_bad_steps, "0 or more")
+        _require(self.progress in PROGRESS, "progress", self.progress, ", ".join(PROGRESS))
+        seconds = self.progress_seconds
+        _require(seconds is None or 0 <= seconds < math.inf, "progress_seconds", seconds, "0 or more, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +263,9 @@ class PipelineKnobs(EngineKnobs):
     reward_epochs: float | None = _knob(None, "Epochs of reward training.")
     rloo_batch_size: int | None = _knob(None, "Per-device batch size of RLOO.")
     total_episodes: int | None = _knob(None, "Completions that RLOO samples in all.")
+    report_to: tuple[str, ...] | None = _knob(
+        None, "Trackers of every training: tensorboard, trackio, wandb, … (default: none)."
+    )
     use_peft: bool = _knob(False, "Train LoRA adapters instead of all weights, in both stages.")
     reward_model_only: bool = _knob(False, "Stop after the reward model and its verification.")
     rloo_only: bool = _knob(False, "Use the reward model in REWARD_MODEL_DIR instead of training one.")

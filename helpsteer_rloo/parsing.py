@@ -144,9 +144,10 @@ def _with_guard(settings: PipelineSettings) -> PipelineSettings:
 
 
 def _refuse_handed_down(stage: str, names: Sequence[str]) -> None:
-    """Refuse what a stage's section cannot change: its directories, and for RLOO the data, which the stages share."""
+    """Refuse what a stage's section cannot change: its directories, what is shown, and for RLOO the data."""
     owners = {"output_dir": "--reward_model_dir" if stage == "reward" else "--policy_dir"}
     owners |= {"rollouts_dir": "--output_dir", "reward_model_path": "--reward_model_dir"}
+    owners |= {name: f"--{name}" for name in ("progress", "progress_seconds")}
     if stage == "rloo":
         owners |= {field.name: f"--{field.name}" for field in fields(DataKnobs)}
     for name in names:
@@ -160,7 +161,7 @@ def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str
     return (read_yaml(Path(file)), str(file)) if file else ({}, "configuration")
 
 
-_FOR_BOTH = ("model_name_or_path", "seed", "use_peft", "engine", "packed_tokens")
+_FOR_BOTH = ("model_name_or_path", "seed", "use_peft", "engine", "packed_tokens", "report_to")
 
 
 def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, tuple[str, FlagValue]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
-from helpsteer_rloo.console import results_table, say, show
+from helpsteer_rloo.console import conclude, results_table, say, warn
+from helpsteer_rloo.events import RunFinished, RunPlanned, publish
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.identity import reward_model_identity
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
@@ -24,10 +25,14 @@ from helpsteer_rloo.steps import (
     data_stage,
     evaluation_stage,
     reward_stage,
+    reward_stage_name,
     rloo_stage,
+    verification_name,
     verification_stage,
 )
 
+RESULTS = ("reward_model", "policy", "rloo", "seconds")
+"""Of the summary, what a run came to."""
 OF_BOTH_TRAININGS = ("model_name_or_path", "model_revision", "trust_remote_code", "dtype", "use_peft", "seed")
 
 
@@ -38,10 +43,16 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     for directory in made:
         refuse_foreign(Path(directory))
     with _only_process(run, *made):
-        outputs = run_stages(run, [data_stage(run, context), *_reward_stages(settings, context)], say)
-    say(f"The reward model is in {settings.own.output_dir}.")
-    if not outputs["verification"]["better_than_chance"]:
-        say("WARNING: " + _weakness(outputs["verification"]) + "RLOO against it would train the policy on noise.")
+        stages = [data_stage(run, context), *_reward_stages(settings, context)]
+        _plan(run, [stage.name for stage in stages])
+        outputs = run_stages(run, stages, say)
+    heldout = outputs["verification"]
+    low, high = heldout["interval"]
+    accuracy = f"{heldout['heldout_accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+    conclude(f"The reward model is in {settings.own.output_dir}; held-out accuracy {accuracy}.")
+    publish(RunFinished({"reward_model": {"directory": settings.own.output_dir, **heldout}}))
+    if not heldout["better_than_chance"]:
+        warn(_weakness(heldout) + "RLOO against it would train the policy on noise.")
     say(f"Next: {rloo_command(settings)}")
 
 
@@ -49,7 +60,7 @@ def _reward_stages(settings: Settings[RewardKnobs], context: DataContext) -> lis
     """Training and verification of a reward model, or of each one of an ensemble."""
     stages: list[Stage] = []
     for number, member in enumerate(ensemble(settings), start=1):
-        name = "reward_model" if number == 1 else f"reward_model_{number}"
+        name = reward_stage_name(number)
         stages += [reward_stage(member, context, name), verification_stage(member, context, of=name)]
     return stages
 
@@ -60,8 +71,17 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
     with _only_process(run, settings.own.output_dir):
-        run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
-    say(f"The policy is in {settings.own.output_dir}.")
+        stages = [data_stage(run, context), rloo_stage(settings, context)]
+        _plan(run, [stage.name for stage in stages])
+        outputs = run_stages(run, stages, say)
+    conclude(f"The policy is in {settings.own.output_dir}.")
+    publish(RunFinished({"rloo": outputs["rloo"]}))
+
+
+def _plan(run: RunDir, names: Sequence[str]) -> None:
+    """Tell which stages there are, and what they took where they have been run before."""
+    if is_main_process():
+        publish(RunPlanned(tuple(names), seconds_by_stage(run, names)))
 
 
 def _record_beside(output_dir: str) -> RunDir:
@@ -168,6 +188,7 @@ def _run_all(
     gold: Callable[[str, str, bool], float] | None,
 ) -> None:
     own = settings.own
+    _plan(run, [*(stage.name for stage in before), *stage_names(settings)])
     run_stages(run, before, say)
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
@@ -191,8 +212,20 @@ def _run_all(
     summary = summarize_run(run, settings, finished_stages(run, stages))
     if is_main_process():
         write_json(run.summary, summary)
-    show(results_table(summary))
+    conclude(results_table(summary))
+    publish(RunFinished({name: summary[name] for name in RESULTS if name in summary}))
     _say_next(settings, run)
+
+
+def stage_names(settings: PipelineSettings) -> list[str]:
+    """Names of the stages of a run in order, known before the data and models are there that the stages are made of."""
+    own, names = settings.own, ["data"]
+    if not own.rloo_only:
+        models = [reward_stage_name(number) for number in range(1, settings.reward.own.ensemble + 1)]
+        names += [name for model in models for name in (model, verification_name(model))]
+    if settings.guard:
+        names += ["guard", verification_name("guard")]
+    return names if own.reward_model_only else [*names, "rloo", "evaluation"]
 
 
 def _refuse_weak_reward_model(settings: PipelineSettings) -> None:
@@ -206,7 +239,7 @@ def _refuse_weak_reward_model(settings: PipelineSettings) -> None:
         return
     message = _weakness(heldout)
     if settings.own.allow_weak_reward_model:
-        say(message + "Going on, as --allow_weak_reward_model says.")
+        warn(message + "Going on, as --allow_weak_reward_model says.")
         return
     raise ValueError(
         message + "RLOO would train the policy on noise. Look at: the sample predictions above; the number of pairs in "
@@ -219,7 +252,7 @@ def _warn_of_a_weak_guard(settings: PipelineSettings) -> None:
     guard = settings.rloo.own.guard_reward_model
     heldout = (read_json(Path(guard) / REWARD_MODEL_RECORD) or {}).get("heldout") if guard else None
     if heldout and not heldout["better_than_chance"]:
-        say(f"WARNING: the guard in {guard} is not significantly better than chance, and cannot tell when to stop.")
+        warn(f"the guard in {guard} is not significantly better than chance, and cannot tell when to stop.")
 
 
 def _weakness(heldout: dict[str, Any]) -> str:
@@ -257,7 +290,7 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
 
 
 def _say_next(settings: PipelineSettings, run: RunDir) -> None:
-    say(f"All results: {run.summary}")
+    conclude(f"All results: {run.summary}")
     if settings.own.reward_model_only:
         say("Next: the same command with --reward_model_only false; what is finished is not run again.")
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.events import StageBegan, StageEnded, publish
 from helpsteer_rloo.heartbeat import LIMIT, Watch
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.run_dir import STAGE_MARKER, RunDir, fingerprint, read_json, read_record, set_aside, write_json
@@ -57,9 +58,12 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
     outputs: dict[str, dict[str, Any]] = {}
     for stage, needed in _with_needs(stages):
         key = _key(run, stage, needed)
-        if not is_finished(run, stage, key):
+        before = is_finished(run, stage, key)
+        if not before:
             _run_one(run, stage, key, say)
-        outputs[stage.name] = (_finished(run, stage.name) or {})["outputs"]
+        record = _finished(run, stage.name) or {}
+        publish(StageEnded(stage.name, record["seconds"], before))
+        outputs[stage.name] = record["outputs"]
     return outputs
 
 
@@ -140,8 +144,9 @@ def _run_one(run: RunDir, stage: Stage, key: str, say: Say) -> None:
         return
     if main:
         goes_on = _begin(run, stage, key, say)
-        has_checkpoint = stage.directory is not None and any(stage.directory.glob("checkpoint-*"))
-        say(f"Stage {stage.name}" + (" goes on." if goes_on and has_checkpoint else "."))
+        goes_on = goes_on and stage.directory is not None and any(stage.directory.glob("checkpoint-*"))
+        say(f"Stage {stage.name}" + (" goes on." if goes_on else "."))
+        publish(StageBegan(stage.name, goes_on))
     begin = time.monotonic()
     outputs = stage.run()
     if not main:

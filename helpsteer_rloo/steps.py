@@ -116,12 +116,17 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.lost_processes import lost_processes_explained
         from helpsteer_rloo.training.reward_model import train_reward_model
+        from helpsteer_rloo.training.tracking import tracked
         from helpsteer_rloo.training.trl_configs import passed_on_explained
 
         check_base(context.model, context.tokenizer, trust_remote_code=context.trust_remote_code)
         prepared = context.prepared
         probes = [list(g.sequence(i)) for g in prepared.groups["validation"] for i in range(2)][:PROBES]
-        with passed_on_explained(settings.trl), lost_processes_explained(settings.own.output_dir):
+        with (
+            passed_on_explained(settings.trl),
+            lost_processes_explained(settings.own.output_dir),
+            tracked(settings.trl.get("report_to"), directory),
+        ):
             train = half_of(prepared.groups["train"], settings.own.half)
             training = train_reward_model(settings, context.tokenizer, train, prepared.groups["validation"], probes)
         release()
@@ -175,6 +180,16 @@ def _reward_record(
     }
 
 
+def reward_stage_name(number: int) -> str:
+    """The stage that trains the reward model of this number in an ensemble, from 1."""
+    return "reward_model" if number == 1 else f"reward_model_{number}"
+
+
+def verification_name(of: str) -> str:
+    """The stage that verifies what another one trained."""
+    return "verification" if of == "reward_model" else f"{of}_verification"
+
+
 def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of: str = "reward_model") -> Stage:
     """Score the held-out pairs; print sample predictions; add accuracy and interval to the reward model's record."""
     directory = Path(settings.own.output_dir)
@@ -204,7 +219,7 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of
         return heldout
 
     return Stage(
-        "verification" if of == "reward_model" else f"{of}_verification",
+        verification_name(of),
         {"sample_predictions": settings.own.sample_predictions},
         work,
         needs=("data", of),
@@ -225,6 +240,7 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.lost_processes import lost_processes_explained
         from helpsteer_rloo.training.policy import train_policy
+        from helpsteer_rloo.training.tracking import tracked
         from helpsteer_rloo.training.trl_configs import passed_on_explained
 
         trusted = bool(settings.trl.get("trust_remote_code"))
@@ -238,7 +254,11 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
         tokenizer = load_tokenizer(model, revision, trust_remote_code=trusted) if other else context.tokenizer
         check_base(model, tokenizer, trust_remote_code=trusted, samples=True)
         groups = context.prepared.corpus.groups
-        with passed_on_explained(settings.trl), lost_processes_explained(settings.own.output_dir):
+        with (
+            passed_on_explained(settings.trl),
+            lost_processes_explained(settings.own.output_dir),
+            tracked(settings.trl.get("report_to"), directory),
+        ):
             training = train_policy(settings, tokenizer, groups["train"], groups["validation"])
         release()
         if not is_main_process():

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from helpsteer_rloo.data.helpsteer3 import Corpus, Counts, hash_share, load_corpus, prompt_key
 from helpsteer_rloo.data.sources import content_digest, locate
+from helpsteer_rloo.events import counted
 from helpsteer_rloo.groups import Message, Preference, PromptGroup, Split, TokenGroup
 from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.rendering import Renderer
@@ -57,8 +57,8 @@ def prepare(knobs: DataKnobs, renderer: Renderer, *, allow_empty_split: bool = F
     fits: dict[Split, FitCounts] = {}
     for split, prompts in corpus.groups.items():
         fits[split] = FitCounts()
-        shown = tqdm(prompts, desc=f"Tokenizing {split}", disable=len(prompts) < 2000)
-        groups[split] = tokenize_groups(shown, renderer, knobs, fits[split])
+        told = counted(prompts, f"tokenizing {split}", "prompts")
+        groups[split] = tokenize_groups(told, renderer, knobs, fits[split])
     groups["train"] = without_heldout(groups["train"], groups["validation"], fits["train"])
     report = build_report(knobs, corpus, groups, fits)
     for split, kept in groups.items():

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from helpsteer_rloo.groups import Split
+from helpsteer_rloo.hub import absence
 from helpsteer_rloo.knobs import DataKnobs
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
-HUB_TIMEOUT_SECONDS = 10.0
 LONGEST_LINE = 64 << 20
 """Bytes of the longest line that is read; a damaged archive can hold one that fills the memory."""
 
@@ -125,16 +125,17 @@ def _download(knobs: DataKnobs) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    away = absence(name, knobs.dataset_revision, "dataset")
     try:
         folder = snapshot_download(
             name,
             repo_type="dataset",
             revision=knobs.dataset_revision,
             allow_patterns=[f"{knobs.dataset_subset}/*{ending}" for ending in ENDINGS],
-            etag_timeout=HUB_TIMEOUT_SECONDS,
+            local_files_only=away is not None,
         )
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = away or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise ValueError(
             f"Could not fetch the data set {name!r} (subset {knobs.dataset_subset!r}) from the hub: {reason}\n"
             "Check the name and the network, or pass a local copy: --dataset_name PATH, where PATH is a directory with "

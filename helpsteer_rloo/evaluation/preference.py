@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from helpsteer_rloo.evaluation.text_features import markdown_marks
+from helpsteer_rloo.events import counted
 from helpsteer_rloo.groups import Preference, TokenGroup
 from helpsteer_rloo.model.forward import score_groups
 from helpsteer_rloo.model.loading import Model
@@ -87,7 +87,7 @@ def judge(
     """
     judgements: list[Judgement] = []
     chunk = max(1, 8 * batch_size)
-    for start in tqdm(range(0, len(groups), chunk), desc="Scoring held-out pairs", leave=False):
+    for start in counted(range(0, len(groups), chunk), "scoring held-out pairs"):
         part = groups[start : start + chunk]
         scores = score_groups(model, part, batch_size)
         for number, (group, own) in enumerate(zip(part, scores, strict=True), start=start):

@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from helpsteer_rloo.events import counted
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.fused_attention import fuse_attention
@@ -185,7 +186,7 @@ def score_groups(
     head = head or scalar_head(model)[1]
     pieces = [piece for group in groups for piece in split_group(group, batch_size)]
     scores: list[float] = []
-    for indices in pack(pieces, continuations=batch_size):
+    for indices in counted(pack(pieces, continuations=batch_size), "scoring"):
         scores += packed_scores(model, head, PackedRow(tuple(pieces[i] for i in indices))).tolist()
     return regroup(scores, groups)
 
@@ -229,7 +230,7 @@ def group_log_probs(
     if not prepare_packed(model):
         return [_padded_log_probs(model, group, temperature) for group in groups]
     results: list[list[Tensor]] = []
-    for indices in pack(groups, tokens=tokens):
+    for indices in counted(pack(groups, tokens=tokens), "log-probabilities"):
         row = PackedRow(tuple(groups[i] for i in indices))
         flat = packed_log_probs(model, row, temperature).log_probs
         parts = iter(flat.split([length for span in row.spans for length in span.continuations]))

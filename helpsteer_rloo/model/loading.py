@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from helpsteer_rloo import reward_record
+from helpsteer_rloo.hub import absence
 from helpsteer_rloo.run_dir import read_json
 from helpsteer_rloo.weights import COPY_AGAIN, check_weights, weight_shapes
 
@@ -48,6 +49,8 @@ class Base:
         """Keyword arguments for `from_pretrained`, besides the name."""
         kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         kwargs["use_safetensors"] = True
+        if absence(self.name, self.revision) is not None:
+            kwargs["local_files_only"] = True
         if self.revision is not None:
             kwargs["revision"] = self.revision
         if self.quantization is not None:
@@ -66,7 +69,12 @@ def load_tokenizer(
     for file in ("tokenizer.json", "tokenizer_config.json"):
         read_json(Path(name) / file, COPY_AGAIN)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=absence(name, revision) is not None,
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:  # the latter two: a file that is JSON of another shape
         raise ValueError(_cannot_load("tokenizer", name, error)) from None
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:

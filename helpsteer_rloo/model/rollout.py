@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from helpsteer_rloo.events import counted
 from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
 from helpsteer_rloo.model.cascade import Decode, read_prompts
 from helpsteer_rloo.model.decoding import Step, decoding_step
@@ -122,7 +122,7 @@ def sample(
     if not supports_sampler(model):
         return _generate(model, prompts, sampling, batch_size=batch_size, seed=seed)
     seeds = [[sequence_seed(seed, index)] for index in range(len(prompts))]
-    groups = sample_groups(model, prompts, seeds, sampling, rows=batch_size, progress=True)
+    groups = sample_groups(model, prompts, seeds, sampling, rows=batch_size)
     return [completion for group in groups for completion in group]
 
 
@@ -133,7 +133,6 @@ def sample_groups(
     sampling: Sampling,
     *,
     rows: int,
-    progress: bool = False,
 ) -> list[list[Completion]]:
     """Draw a completion for every seed of every prompt.
 
@@ -147,7 +146,6 @@ def sample_groups(
         seeds: For each prompt the seeds of its completions, any number of them.
         sampling: Length, distribution and ends.
         rows: Most sequences decoded at once. Prompts are taken whole, longest first, unless one has more seeds.
-        progress: Whether to show a bar.
 
     Returns:
         For each prompt one completion a seed, in the order of `seeds`.
@@ -161,7 +159,7 @@ def sample_groups(
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     results: dict[tuple[int, int], Completion] = {}
     with _one_at_a_time, torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))) as step:
-        for chunk in tqdm(_chunks(prompts, seeds, rows), desc="Sampling", leave=False, disable=not progress):
+        for chunk in counted(_chunks(prompts, seeds, rows), "sampling"):
             places = [place for piece in chunk for place in piece.places]
             results |= zip(places, _complete(inner, step, chunk, sampling), strict=True)
     return [[results[i, j] for j in range(len(group))] for i, group in enumerate(seeds)]
@@ -323,7 +321,7 @@ def _generate(
     devices = [model.device] if model.device.type == "cuda" else []
     starts = range(0, len(prompts), batch_size)
     with torch.random.fork_rng(devices=devices):
-        for number, start in enumerate(tqdm(starts, desc="Sampling", leave=False)):
+        for number, start in enumerate(counted(starts, "sampling")):
             torch.manual_seed(seed * 1_000_003 + number)
             chunk = prompts[start : start + batch_size]
             ids, mask = _pad_left(chunk, cast(int, config.pad_token_id), model.device)

@@ -5,7 +5,7 @@ later stage treats this base exactly as it would treat a real one.
 """
 
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpsteer_rloo.data.demo import DemoBaseSettings, preference_rows, sft_conversations
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.training.running import train_to_the_end
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # The added tokens of Qwen3's tokenizer_config.json in the order of their ids: those marked special, then the others.
@@ -32,19 +33,29 @@ ORDINARY_TOKENS = (
     "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 TOKENIZER_ROWS = 3000
+SAVE_STEPS = 100
+BAD_STEPS = 5
+"""Steps in a row whose gradient may be not finite."""
 
 
 def build_base(output_dir: Path, settings: DemoBaseSettings, seed: int) -> None:
     """Make, train and save the base model and its tokenizer in `output_dir`; the same seed gives the same weights.
 
-    Both load with `AutoTokenizer.from_pretrained` and `AutoModelForCausalLM.from_pretrained`.
+    Both load with `AutoTokenizer.from_pretrained` and `AutoModelForCausalLM.from_pretrained`. Where `output_dir` holds
+    a checkpoint of such a training, it is gone on from; at the end there is none.
+
+    Raises:
+        Stopped: a signal asked for that.
+        ValueError: as `train_to_the_end`.
     """
     set_seed(seed)
     tokenizer = build_tokenizer(settings.vocab_size, seed)
     model = build_model(tokenizer, settings)
-    train(model, tokenizer, settings, seed)
+    train(model, tokenizer, settings, output_dir, seed)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    for checkpoint in output_dir.glob("checkpoint-*"):  # a model that others start from, as one from the hub
+        shutil.rmtree(checkpoint)
 
 
 def build_tokenizer(vocab_size: int, seed: int) -> Qwen2Tokenizer:
@@ -103,36 +114,40 @@ def build_model(tokenizer: Qwen2Tokenizer, settings: DemoBaseSettings) -> Qwen3F
     return model
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, settings: DemoBaseSettings, seed: int) -> None:
-    """Supervised training in place: faultless answers first, then answers of mixed quality."""
+def train(
+    model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, settings: DemoBaseSettings, directory: Path, seed: int
+) -> None:
+    """Supervised training in place, with checkpoints in a directory: faultless answers, then ones of mixed quality."""
     batch, renderer = settings.batch_size, Renderer(tokenizer)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = SFTConfig(
-            output_dir=scratch,
-            max_steps=settings.clean_steps + settings.mixed_steps,
-            per_device_train_batch_size=batch,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=20,
-            weight_decay=0.01,
-            train_sampling_strategy="sequential",
-            completion_only_loss=True,
-            max_length=None,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            report_to="none",
-            save_strategy="no",
-            logging_steps=40,
-            seed=seed,
-        )
-        examples = [
-            example
-            for steps, mixed in ((settings.clean_steps, False), (settings.mixed_steps, True))
-            for example in _examples(renderer, seed, steps * batch, mixed=mixed)
-        ]
-        dataset = Dataset.from_list(examples)
-        SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer).train()
+    arguments = SFTConfig(
+        output_dir=str(directory),
+        max_steps=settings.clean_steps + settings.mixed_steps,
+        per_device_train_batch_size=batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=20,
+        weight_decay=0.01,
+        train_sampling_strategy="sequential",
+        completion_only_loss=True,
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=40,
+        seed=seed,
+    )
+    examples = [
+        example
+        for steps, mixed in ((settings.clean_steps, False), (settings.mixed_steps, True))
+        for example in _examples(renderer, seed, steps * batch, mixed=mixed)
+    ]
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=tokenizer
+    )
+    train_to_the_end(trainer, BAD_STEPS)
     model.eval()
 
 

@@ -9,6 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from helpsteer_rloo.checkpoints import damage, full_disk_explained
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
+from helpsteer_rloo.training.reporting import reporting
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
 from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
@@ -17,7 +18,7 @@ from helpsteer_rloo.training.stopping import stopping_on_request
 def train_to_the_end(
     trainer: Trainer, max_bad_steps: int, begin: Callable[[Path | None], bool] = lambda checkpoint: False
 ) -> int:
-    """Train from the newest whole checkpoint, with sealed checkpoints, skipping bad steps.
+    """Train from the newest whole checkpoint, with sealed checkpoints, skipping bad steps, telling by events.
 
     Args:
         trainer: Any; its output directory is where checkpoints are.
@@ -45,7 +46,7 @@ def train_to_the_end(
             _stand_at(trainer, checkpoint, state)
             bad_steps.on_train_begin(trainer.args, state, trainer.control)
             return bad_steps.total
-    with stopping_on_request(trainer), full_disk_explained(Path(directory)):
+    with stopping_on_request(trainer), full_disk_explained(Path(directory)), reporting(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return bad_steps.total
 

@@ -16,12 +16,15 @@ from helpsteer_rloo.config import Knobs, Settings
 from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.model.loading import Base, has_bf16, weight_dtype
 from helpsteer_rloo.processes import process_count
+from helpsteer_rloo.training.tracking import run_name, trackers
 
 Args = TypeVar("Args", bound=TrainingArguments)
 
 
 def build_args(config_class: type[Args], settings: Settings[Knobs], **fixed: Any) -> Args:
     """The trainer's arguments: the flags given, bf16 where the hardware has it, and what the command fixes.
+
+    Trackers are told a name of the run that is its own, unless one was given.
 
     Raises:
         ValueError: the hardware has no bf16, or the processes that were launched do not form a group.
@@ -30,6 +33,8 @@ def build_args(config_class: type[Args], settings: Settings[Knobs], **fixed: Any
     values = {key: value for key, value in settings.trl.items() if key in names}
     if not values.get("fp16"):
         values.setdefault("bf16", has_bf16())
+    if trackers(values.get("report_to")):
+        values.setdefault("run_name", run_name(Path(fixed["output_dir"])))
     try:
         return with_its_processes(config_class(**{**values, **fixed}))
     except ValueError as error:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpsteer_rloo.alarms import Watched, alarms, best_of, is_over, verdict
 from helpsteer_rloo.checkpoints import damage
+from helpsteer_rloo.events import Measured, publish
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.rollout import Completion, sequence_seed, supports_sampler
 from helpsteer_rloo.model.sharding import whole_weights
@@ -153,6 +154,7 @@ class PolicyWatch(TrainerCallback):
         ordered = [rows[number] for number in sorted(rows)]
         if accelerator.is_main_process:
             write_step(self._directory, state.global_step, ordered)
+            publish(Measured("watch", state.global_step, state.max_steps, _means(ordered)))
         self.history.append(_watched(state.global_step, ordered))
 
     def _guarded(self, ids: Mapping[str, list[list[int]]], drawn: Sequence[Completion]) -> list[float | None]:
@@ -202,6 +204,12 @@ class PolicyWatch(TrainerCallback):
 def read_watched(directory: Path) -> list[Watched]:
     """What was measured along a run, in the order of the steps."""
     return [_watched(step, rows) for step, rows in read_steps(directory).items()]
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of the columns over the prompts that have a number there."""
+    told = {name: [float(row[name]) for row in rows if row[name] is not None] for name in COLUMNS}
+    return {name: sum(values) / len(values) for name, values in told.items() if values}
 
 
 def _watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:

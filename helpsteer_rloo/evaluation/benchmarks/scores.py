@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from helpsteer_rloo.data.fields import FieldReader, shown
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, read_rows
 from helpsteer_rloo.evaluation.benchmarks.items import Item, Scores, id_of
+from helpsteer_rloo.events import counted
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import score_groups
 from helpsteer_rloo.model.loading import Model
@@ -92,7 +91,7 @@ def score_items(
             fitted.append((item, group))
     scores: dict[str, dict[str, float]] = {}
     chunk = max(1, 8 * batch_size)
-    for start in tqdm(range(0, len(fitted), chunk), desc="Scoring", leave=False):
+    for start in counted(range(0, len(fitted), chunk), "scoring"):
         part = fitted[start : start + chunk]
         for (item, _), own in zip(part, score_groups(model, _groups(part), batch_size), strict=True):
             if not all(map(math.isfinite, own)):
