@@ -108,7 +108,9 @@ def _sentence(text: str) -> str:
 
 def _declared(knobs: type) -> list[Flag]:
     """The flags that a class adds to those it inherits."""
-    inherited = {field.name for base in knobs.__bases__ if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+    inherited = {
+        field.name for base in knobs.__bases__ if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)
+    }
     return [flag for flag in own_flags(knobs) if flag.name not in inherited]
 
 
@@ -144,7 +146,9 @@ def _plain(text: str) -> str:
 def _defaults() -> list[str]:
     names = dict.fromkeys([*REWARD.trl_defaults, *RLOO.trl_defaults])
     given = ((name, REWARD.trl_defaults.get(name), RLOO.trl_defaults.get(name)) for name in names)
-    rows = [(f"`--{name}`", *("TRL's" if value is None else f"`{value}`" for value in values)) for name, *values in given]
+    rows = [
+        (f"`--{name}`", *("TRL's" if value is None else f"`{value}`" for value in values)) for name, *values in given
+    ]
     return _rows(("flag", "reward model", "RLOO"), rows)
 
 
@@ -171,9 +175,7 @@ def _trl_lines() -> Iterator[str]:
         "and transformers. The texts are theirs (Apache-2.0); the defaults are those here. In the pipeline they are "
         "given as `--reward.FLAG` or `--rloo.FLAG`.",
     )
-    reward, rloo = (
-        {flag.name: flag for flag in command.flags()["flags of TRL"]} for command in (REWARD, RLOO)
-    )
+    reward, rloo = ({flag.name: flag for flag in command.flags()["flags of TRL"]} for command in (REWARD, RLOO))
     parts = {
         "Both stages": reward.keys() & rloo.keys(),
         "Reward model": reward.keys() - rloo.keys(),
