@@ -38,12 +38,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def demo_flags() -> list[Flag]:
     """The flags of the command, for its documentation."""
-    actions = [action for action in _parser()._actions if action.dest != "help"]  # pyright: ignore[reportPrivateUsage]
-    kinds = {"seed": "int"}
+    actions = [action for action in _parser()._actions if action.dest != "help"]
     return [
         Flag(
             action.dest,
-            " | ".join(action.choices) if action.choices else kinds.get(action.dest, "str"),
+            " | ".join(action.choices or ("int" if action.type is int else "str",)),
             str(action.default),
             str(action.help),
         )

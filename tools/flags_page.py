@@ -75,8 +75,8 @@ def _own_lines() -> Iterator[str]:
     yield from (
         "# Every flag",
         "",
-        "Flags are written `--name value`; a flag that is true or false may stand alone for true. `--config FILE` takes "
-        "them from a YAML file, in the pipeline with sections `reward:` and `rloo:`; the command line wins. "
+        "Flags are written `--name value`; a flag that is true or false may stand alone for true. `--config FILE` "
+        "takes them from a YAML file, in the pipeline with sections `reward:` and `rloo:`; the command line wins. "
         "An unknown flag ends the command with the nearest known name.",
         "",
         "The training scripts also take [TRL's flags](trl-flags.md), with "
@@ -108,9 +108,8 @@ def _sentence(text: str) -> str:
 
 def _declared(knobs: type) -> list[Flag]:
     """The flags that a class adds to those it inherits."""
-    inherited = {
-        field.name for base in knobs.__bases__ if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)
-    }
+    bases = [base for base in knobs.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     return [flag for flag in own_flags(knobs) if flag.name not in inherited]
 
 
@@ -145,10 +144,12 @@ def _plain(text: str) -> str:
 
 def _defaults() -> list[str]:
     names = dict.fromkeys([*REWARD.trl_defaults, *RLOO.trl_defaults])
-    given = ((name, REWARD.trl_defaults.get(name), RLOO.trl_defaults.get(name)) for name in names)
-    rows = [
-        (f"`--{name}`", *("TRL's" if value is None else f"`{value}`" for value in values)) for name, *values in given
-    ]
+
+    def default(command: CommandSpec[Any], name: str) -> str:
+        value = command.trl_defaults.get(name)
+        return "TRL's" if value is None else f"`{value}`"
+
+    rows = [(f"`--{name}`", default(REWARD, name), default(RLOO, name)) for name in names]
     return _rows(("flag", "reward model", "RLOO"), rows)
 
 

@@ -168,7 +168,7 @@ def check(command: Command) -> None:
         try:
             with _installed(command.needs):
                 _check(words)
-        except (ValueError, SystemExit) as error:
+        except (OSError, ValueError, SystemExit) as error:
             raise ValueError(f"{command.place}: {shlex.join(words)}: {error}") from None
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -91,7 +92,7 @@ def headings(page: Path) -> list[str]:
     found = tokens_of(page)
     return [
         "".join(child.content for child in inline.children or () if child.type in ("text", "code_inline"))
-        for token, inline in zip(found, found[1:], strict=False)
+        for token, inline in pairwise(found)
         if token.type == "heading_open"
     ]
 

@@ -95,7 +95,7 @@ def test_the_counts(capsys):
         print(
             "\ncommands: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) + f" ({slow} slow)"
         )
-    assert kinds["run"] >= 20
+    assert kinds["run"] >= 18
     assert all(command.needs or command.kind != "parsed, and marked with what it needs" for command in commands())
 
 
@@ -104,9 +104,8 @@ def of(text, language="bash"):
 
 
 def test_commands_are_found_with_their_marks():
-    found = of(
-        "# first\nmake demo  # all\n\n# needs a GPU\npython a.py \\\n    --b 'c d'  # e\nls # needs time\ncat > f <<'EOF'\n{} # x\nEOF\n"
-    )
+    block = "# first\nmake demo  # all\n\n# needs a GPU\npython a.py \\\n    --b 'c d'  # e\n"
+    found = of(block + "ls # needs time\ncat > f <<'EOF'\n{} # x\nEOF\n")
     assert [(c.line, c.text, c.needs) for c in found] == [
         (2, "make demo", ""),
         (5, "python a.py  --b 'c d'", "needs a GPU"),
@@ -149,7 +148,7 @@ def test_commands_are_found_with_their_marks():
     ],
 )
 def test_a_wrong_command_is_found(text):
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises(ValueError, match="README.md:1"):
         check(of(text).pop())
 
 

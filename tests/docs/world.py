@@ -93,7 +93,7 @@ class DocsWorld:
         if words[:2] == ["helpsteer-rloo", "serve"]:
             return self._serve(words)
         if program == "accelerate":
-            return self._shell(shlex.join([*words, *(SMALLER["pipeline"] if smaller else ())]))
+            return self._shell(command.text)
         return self._in_process(words, smaller)
 
     def _in_process(self, words: Sequence[str], smaller: bool) -> str:
@@ -170,7 +170,6 @@ def make_world(root: Path) -> DocsWorld:
         "models/qwen3_8b_reward_model": "reward_model",
         "models/rloo_helpsteer3": "policy",
         "Qwen/Qwen3-8B": "base",
-        "my/tiny-model": "base",
         "A": "reward_model",
         "B": "guard_model",
         "C": "reward_model",
