@@ -148,7 +148,7 @@ def test_commands_are_found_with_their_marks():
     ],
 )
 def test_a_wrong_command_is_found(text):
-    with pytest.raises(ValueError, match="README.md:1"):
+    with pytest.raises(ValueError, match=r"README\.md:1"):
         check(of(text).pop())
 
 
