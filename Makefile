@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 PIP := "$(PY)" -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check chaos bench clean FORCE
+.PHONY: help install demo docs test test-all check chaos bench clean FORCE
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -22,6 +22,10 @@ install: $(STAMP) ## the virtual environment, with the exact versions of constra
 
 demo: $(STAMP) ## the whole pipeline on a small world, on a CPU: reward model, policy, report
 	@"$(VENV)/bin/helpsteer-rloo" demo --config configs/demo.yaml $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+docs: $(STAMP) ## the documentation site, in site/; a warning is an error
+	@"$(PY)" -m tools.flags_page
+	@"$(VENV)/bin/zensical" build --clean --strict
 
 # Two workers of one thread each; the tests of a file stay on one worker, because they share what it made.
 PYTEST := OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile
@@ -45,7 +49,7 @@ bench: $(STAMP) ## the benchmarks
 	else echo "error: there is no benchmark here yet (benchmarks/__main__.py is missing)" >&2; exit 1; fi
 
 clean: ## remove the virtual environment, caches and build products; runs/ and models/ stay
-	@rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf "$(VENV)" build dist site .cache docs/trl-flags.md *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp holds the directory that it was made in: a virtual environment that was copied here with the tree would go

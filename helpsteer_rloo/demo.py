@@ -27,8 +27,7 @@ class DemoSettings:
     pipeline: PipelineSettings
 
 
-def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
-    """Read the flags and the file of `--config` into settings; mistakes end the program with status 2."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("helpsteer-rloo demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", default="configs/demo.yaml", help="settings of the world, the base and the stages")
     parser.add_argument("--seed", type=int, help="seed of the world and of every stage (default: the file's)")
@@ -37,6 +36,26 @@ def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
     parser.add_argument("--guard", choices=("true", "false"), help="whether to watch the policy (default: the file's)")
     parser.add_argument("--progress", choices=PROGRESS, help="what is shown while the run goes on (default: auto)")
     parser.add_argument("--report_to", nargs="+", help="trackers of the trainings: tensorboard, trackio, wandb")
+    return parser
+
+
+def demo_flags() -> list[Flag]:
+    """The flags of the command, for its documentation."""
+    actions = [action for action in _parser()._actions if action.dest != "help"]
+    return [
+        Flag(
+            action.dest,
+            " | ".join(action.choices or ("int" if action.type is int else "str",)),
+            str(action.default),
+            str(action.help),
+        )
+        for action in actions
+    ]
+
+
+def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
+    """Read the flags and the file of `--config` into settings; mistakes end the program with status 2."""
+    parser = _parser()
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest:
         unknown = rest[0].partition("=")[0].removeprefix("--")
