@@ -58,6 +58,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "serve_command",
             "export_command",
             "score_command",
+            "report_command",
+            "reporting",
         }
     ),
 )
@@ -88,9 +90,11 @@ LIGHT = frozenset(
         "serve_command",
         "export_command",
         "score_command",
+        "report_command",
+        "reporting",
     }
 )
-HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})
+HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate", "altair", "vl_convert"})
 
 
 @dataclass(frozen=True, slots=True)
