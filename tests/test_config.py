@@ -767,6 +767,7 @@ HELPS = [
     (f"{CLI} score --help", "--output"),
     (f"{CLI} serve --help", "--queue_tokens"),
     (f"{CLI} export --help", "--push_to_hub"),
+    (f"{CLI} report --help", "--output"),
 ]
 
 

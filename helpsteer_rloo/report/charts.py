@@ -25,10 +25,12 @@ _VARIABLES = {_TEXT: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_COLOURS, start=1)
 }
 """Colours that stand for those of the page's style sheet, which has a set for dark and one for light."""
+_TINY = 1e-3
+"""Below which numbers are written with an exponent."""
 _DASHES: list[list[int]] = [[1, 0], [5, 3], [2, 2], [8, 3, 2, 3], [1, 0], [5, 3]]
 _MARKS = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 """So that series can be told apart without colours as well."""
-_Chart = alt.Chart | alt.LayerChart
+_Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +52,23 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Titles of the axes; `marks` shows the points of lines, `rule` is drawn across."""
+    """Titles of the axes and limits of the vertical one; `marks` shows the points of lines, `rule` is drawn across."""
 
     x: str
     y: str = ""
     marks: bool = False
     rule: float | None = None
+    limits: tuple[float, float] | None = None
 
 
 def lines(series: Sequence[Line], axes: Axes) -> _Chart:
     """Lines over a common horizontal axis."""
-    rows = [{"x": x, "y": y, "s": line.name} for line in series for x, y in line.points]
+    rows: list[dict[str, Any]] = [{"x": x, "y": y, "s": line.name} for line in series for x, y in line.points]
     names = list(dict.fromkeys(line.name for line in series))
     x = alt.X("x:Q", title=axes.x, axis=_axis(), scale=alt.Scale(nice=False, zero=False, padding=4))
-    y = alt.Y("y:Q", title=axes.y or None, axis=_axis(), scale=alt.Scale(zero=False, nice=True))
+    tiny = max((abs(row["y"]) for row in rows), default=1.0) < _TINY
+    scale = alt.Scale(domain=axes.limits) if axes.limits else alt.Scale(zero=False, nice=True)
+    y = alt.Y("y:Q", title=axes.y or None, axis=_axis(**({"format": ".1e"} if tiny else {})), scale=scale)
     marks = axes.marks or max(len(line.points) for line in series) < 2
     base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_colour(names))
     line = base.mark_line(strokeWidth=2, strokeJoin="round")
@@ -108,7 +113,7 @@ def bars(rows: Sequence[tuple[str, str, float]], axes: Axes) -> _Chart:
 def dots(rows: Sequence[Dot], axes: Axes) -> _Chart:
     """Estimates with their intervals, a row each; a dashed line at `axes.rule`."""
     names = list(dict.fromkeys(dot.series for dot in rows))
-    data = [
+    data: list[dict[str, Any]] = [
         {"r": d.row, "s": d.series, "x": d.estimate.value, "low": d.estimate.low, "high": d.estimate.high} for d in rows
     ]
     for row in data:
@@ -131,20 +136,20 @@ def dots(rows: Sequence[Dot], axes: Axes) -> _Chart:
 def reliability(models: Sequence[tuple[str, Sequence[Bin]]], axes: Axes) -> _Chart:
     """How sure a reward model is against how often it is right; points by their number of pairs."""
     names = [name for name, _ in models]
-    rows = [{"x": b.confidence, "y": b.right, "n": b.count, "s": name} for name, bins in models for b in bins]
+    rows: list[dict[str, Any]] = [
+        {"x": b.confidence, "y": b.right, "n": b.count, "s": name} for name, bins in models for b in bins
+    ]
     low = min([0.5, *(row["y"] for row in rows)])
     percent = _axis(format=".0%")
-    base = alt.Chart(_data(rows)).encode(
-        x=alt.X("x:Q", title=axes.x, axis=percent, scale=alt.Scale(domain=[0.5, 1.0])),
-        y=alt.Y("y:Q", title=axes.y, axis=percent, scale=alt.Scale(domain=[math.floor(low * 10) / 10, 1.0])),
-        color=_colour(names),
-    )
+    x = alt.X("x:Q", title=axes.x, axis=percent, scale=alt.Scale(domain=[0.5, 1.0]))
+    y = alt.Y("y:Q", title=axes.y, axis=percent, scale=alt.Scale(domain=[math.floor(low * 10) / 10, 1.0]))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_colour(names))
     points = base.mark_point(filled=True, opacity=0.9).encode(
         size=alt.Size("n:Q", legend=None, scale=alt.Scale(range=[20, 160])),
         shape=_by_series(alt.Shape, names, _MARKS),
     )
     ideal = alt.Chart(_data([{"x": 0.5, "y": 0.5}, {"x": 1.0, "y": 1.0}]))
-    diagonal = ideal.mark_line(color=_MUTED, strokeDash=[4, 3], strokeWidth=1.5).encode(x="x:Q", y="y:Q")
+    diagonal = ideal.mark_line(color=_MUTED, strokeDash=[4, 3], strokeWidth=1.5).encode(x=x, y=y)
     return _sized(diagonal + base.mark_line(strokeWidth=1.5) + points)
 
 
@@ -192,7 +197,7 @@ def _sized(chart: _Chart, rows: float = 0) -> _Chart:
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
     "autosize": {"type": "fit", "contains": "padding"},
-    "padding": {"left": 10, "right": 8, "top": 4, "bottom": 4},
+    "padding": {"left": 16, "right": 8, "top": 4, "bottom": 4},
     "font": "system-ui, sans-serif",
     "aria": False,
     "view": {"stroke": None},
@@ -207,7 +212,14 @@ _CONFIG: dict[str, Any] = {
         "tickColor": _GRID,
         "labelFlush": False,
     },
-    "legend": {"labelColor": _TEXT, "labelFontSize": 11, "symbolStrokeWidth": 2, "rowPadding": 2, "offset": 4},
+    "legend": {
+        "labelColor": _TEXT,
+        "labelFontSize": 11,
+        "symbolStrokeWidth": 2,
+        "rowPadding": 2,
+        "columnPadding": 26,
+        "offset": 4,
+    },
 }
 
 _NOISE = re.compile(
@@ -230,7 +242,7 @@ def svg(chart: _Chart, name: str, title: str, description: str) -> str:
     """
     spec = json.loads(json.dumps(chart.to_dict(validate=False)))
     spec["config"] = _CONFIG
-    drawn = vl_convert.vegalite_to_svg(spec, vl_version=".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2]))
+    drawn = vl_convert.vegalite_to_svg(spec)
     drawn = _ID.sub(lambda found: found[0] + name + "-", _NOISE.sub("", drawn))
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(f'"{colour}"', f'"var({variable})"')

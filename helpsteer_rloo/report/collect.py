@@ -44,6 +44,10 @@ MOST_SAMPLES = 5000
 """Of a file, that a page takes; the files have all."""
 _STARTED = ".started.json"
 _REWARD_STAGE = re.compile(r"reward_model(_\d+)?|guard")
+_ORDER = (
+    "world", "base", "data", "reward_model", "verification", r"reward_model_\d+(_verification)?",
+    "guard", "guard_verification", "rloo", "evaluation",
+)  # fmt: skip
 _USUAL_NAMES = {"guard": "guard_model", "rloo": "policy"}
 
 
@@ -91,6 +95,19 @@ def collect(run: RunDir, as_of: str) -> Run:
     )
 
 
+@dataclass(frozen=True)
+class _Trained:
+    steps: int | None = None
+    bad_steps: int = 0
+    episodes: float | None = None
+
+
+@dataclass(frozen=True)
+class _Ended:
+    verdict: str = ""
+    rolled_back_to: int | None = None
+
+
 @dataclass
 class _Reader:
     """Reads the files of a run; what cannot be read is a note while the run goes on, and an error afterwards."""
@@ -111,7 +128,7 @@ class _Reader:
         except (ValueError, OSError, EOFError) as error:
             message = str(error).replace(f"{self.run.root}/", "")
             if not self.goes_on:
-                raise ValueError(f"{self.run.root}: {message}") from error
+                raise ValueError(f"{self.run.root}: {message} (The rest can be seen without that file.)") from error
             self.notes.append(message)
             return None
 
@@ -123,9 +140,9 @@ class _Reader:
     # ---- stages -----------------------------------------------------------------------------------------------------
 
     def stage_names(self) -> list[str]:
-        """Stages that have begun, in the order of their beginning as far as the files tell."""
-        files = sorted(self.run.stage("x").parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return list(dict.fromkeys(path.name.removesuffix(_STARTED).removesuffix(".json") for path in files))
+        """Stages that have begun, in the order that they run in."""
+        files = self.run.stage("x").parent.glob("*.json")
+        return sorted({path.name.removesuffix(_STARTED).removesuffix(".json") for path in files}, key=_place)
 
     def state(self, names: Sequence[str]) -> State:
         """Whether the run goes on, has ended, or was left in the middle."""
@@ -136,8 +153,12 @@ class _Reader:
     def stage_states(self, names: Sequence[str]) -> Iterator[StageState]:
         """The stages, with the seconds of those that have ended."""
         for name in names:
-            node = self.part(functools.partial(self.node, self.run.stage(name)))
-            yield StageState(name, node.number("seconds") if node else None)
+            yield StageState(name, self.part(functools.partial(self.seconds, name)))
+
+    def seconds(self, stage: str) -> float | None:
+        """Seconds that a stage took, if it has ended."""
+        node = self.node(self.run.stage(stage))
+        return node.number("seconds") if node else None
 
     def outputs(self, stage: str) -> Node | None:
         """What a stage that has ended found."""
@@ -145,15 +166,21 @@ class _Reader:
         return node.inside("outputs") if node else None
 
     def directory(self, stage: str, set_to: object) -> Path | None:
-        """The directory that a stage writes to: as it says itself, as the settings say, or where it usually is."""
+        """The directory that a stage writes to: where it usually is, as the stage says itself, or as settings say.
+
+        Another run's directory of the same name is known by its key.
+        """
         outputs = self.part(lambda: self.outputs(stage))
         root = self.run.root
+        candidates = [root / _USUAL_NAMES.get(stage, stage), root.with_name(root.name.removesuffix(".run"))]
         said = [outputs.content.get("directory") if outputs else None, set_to]
-        candidates = [Path(str(one)) for one in said if one]
-        candidates += [root / _USUAL_NAMES.get(stage, stage), root.with_name(root.name.removesuffix(".run"))]
+        candidates += [path for one in said if one for path in (Path(str(one)), root.parent / Path(str(one)).name)]
+        records = [self.part(functools.partial(read_json, self.run.stage(stage)))]
+        records += [self.part(functools.partial(read_json, self.run.stage_started(stage)))]
+        keys = {record.get("key") for record in records if record}
         for candidate in candidates:
             marker = self.part(functools.partial(read_json, candidate / STAGE_MARKER))
-            if marker and marker.get("stage") == stage:
+            if marker and marker.get("stage") == stage and marker.get("key") in keys:
                 return candidate
         return None
 
@@ -180,12 +207,12 @@ class _Reader:
 
     def reward_model(self, stage: str, directory: Path | None) -> RewardModel:
         """One reward model of the run."""
-        outputs = self.part(lambda: self.outputs(stage))
+        trained = self.part(lambda: self.trained(stage)) or _Trained()
         return RewardModel(
             name=stage.replace("_", " "),
             log=self.log(directory),
-            steps=outputs.count("steps") if outputs else None,
-            bad_steps=outputs.count("bad_steps") if outputs else 0,
+            steps=trained.steps,
+            bad_steps=trained.bad_steps,
             judged=self.part(lambda: self.judged(directory)) if directory else None,
             pairs=self.samples(self.run.pairs(stage), pair_of),
         )
@@ -224,28 +251,50 @@ class _Reader:
         if "rloo" not in names:
             return None
         directory = self.directory("rloo", _setting(settings, "rloo", "output_dir"))
-        outputs = self.part(lambda: self.outputs("rloo"))
-        record = self.part(lambda: self.node(directory / POLICY_RECORD)) if directory else None
-        watch = record.inside("training").maybe("watch") if record else None
-        verdict = watch.maybe("verdict") if watch else None
+        trained = self.part(lambda: self.trained("rloo")) or _Trained()
+        ended = (self.part(lambda: self.ended(directory)) if directory else None) or _Ended()
         seen = (self.part(lambda: _watched(directory / WATCH)) if directory else None) or ()
         return Policy(
             log=self.log(directory),
             watched=seen,
             alarms=_alarms(seen, _setting(settings, "rloo", "max_kl")),
-            verdict=verdict.text("sentence") if verdict else "",
-            rolled_back_to=watch.count("rolled_back_to") if watch and watch.has("rolled_back_to") else None,
-            steps=outputs.count("steps") if outputs else None,
-            bad_steps=outputs.count("bad_steps") if outputs else 0,
-            episodes=outputs.number("episodes") if outputs else None,
+            verdict=ended.verdict,
+            rolled_back_to=ended.rolled_back_to,
+            steps=trained.steps,
+            bad_steps=trained.bad_steps,
+            episodes=trained.episodes,
             judged=self.part(self.policy_judged),
             answers=self.samples(self.run.samples, answer_of),
         )
+
+    def trained(self, stage: str) -> "_Trained | None":
+        """How far a training went, if it has ended."""
+        outputs = self.outputs(stage)
+        if outputs is None:
+            return None
+        episodes = outputs.number("episodes") if outputs.has("episodes") else None
+        return _Trained(outputs.count("steps"), outputs.count("bad_steps"), episodes)
+
+    def ended(self, directory: Path) -> "_Ended | None":
+        """What watching a policy came to, if that was done and has ended."""
+        record = self.node(directory / POLICY_RECORD)
+        watch = record.inside("training").maybe("watch") if record else None
+        if watch is None:
+            return None
+        verdict = watch.maybe("verdict")
+        back = watch.count("rolled_back_to") if watch.has("rolled_back_to") else None
+        return _Ended(verdict.text("sentence") if verdict else "", back)
 
     def policy_judged(self) -> PolicyJudged | None:
         """How the policy was judged, if it was."""
         outputs = self.outputs("evaluation")
         return policy_judged_of(outputs) if outputs else None
+
+
+def _place(stage: str) -> tuple[int, str]:
+    """Where in a run a stage stands."""
+    first = next((n for n, pattern in enumerate(_ORDER) if re.fullmatch(pattern, stage)), len(_ORDER))
+    return first, stage
 
 
 def _refuse(problem: str) -> None:

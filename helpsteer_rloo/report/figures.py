@@ -13,7 +13,8 @@ from helpsteer_rloo.statistics import Estimate
 MOST_POINTS = 300
 """Of a line; of a longer one, means of neighbours are drawn."""
 _TABLE_ROWS = 40
-STEP = "optimizer step"
+OVER_STEPS = Axes("optimizer step")
+SHARES = Axes("optimizer step", limits=(0.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,19 +221,25 @@ _METRICS: tuple[tuple[str, str, str], ...] = (
 def policy_figures(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
     """How policies were trained, watched and judged."""
     yield from _against_kl(policies)
-    yield from _watched(policies)
     logs = [(name, policy.log) for name, policy in policies]
     for metric, title, caption in _METRICS:
         yield from _curves(
             f"policy-{_slug(metric)}", title, caption, [(name, log.series(metric)) for name, log in logs]
         )
-    yield from _curves(
-        "eos", "Share ending by itself", "Of the completions of a batch.", [(n, _ended(log)) for n, log in logs]
-    )
-    yield from _curves(
-        "memory", "Peak memory", "GiB, of the main process so far.", [(n, _memory(log)) for n, log in logs]
-    )
+        if metric == "reward":
+            yield from _curves(
+                "guard", "Guard's score", "On the prompts that the policy is watched on.", _guarded(policies)
+            )
+    ended = [(name, _ended(log)) for name, log in logs]
+    yield from _curves("eos", "Share ending by itself", "Of the completions of a batch.", ended, SHARES)
+    memory = [(name, _memory(log)) for name, log in logs]
+    yield from _curves("memory", "Peak memory", "GiB, of the main process so far.", memory)
     yield from _judged(policies)
+
+
+def _guarded(policies: Sequence[tuple[str, Policy]]) -> list[tuple[str, tuple[Point, ...]]]:
+    seen = [(name, [one.to_json() for one in policy.watched]) for name, policy in policies]
+    return [(n, tuple((float(r["step"] or 0), r["guard"]) for r in rows if r["guard"] is not None)) for n, rows in seen]
 
 
 def _ended(log: Log) -> tuple[Point, ...]:
@@ -258,8 +265,6 @@ def _against_kl(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
         "reward is exploited."
     )
     yield from _lines("reward-kl", "Reward against √KL", caption, series, Axes("√KL, nats", "score", marks=True))
-    for column in ("reward", "guard", "gold"):
-        yield from _best_of_n(policies, column)
 
 
 def _best_of_n(policies: Sequence[tuple[str, Policy]], column: str) -> Iterator[Figure]:
@@ -278,24 +283,6 @@ def _best_of_n(policies: Sequence[tuple[str, Policy]], column: str) -> Iterator[
     yield from _lines(f"best-of-n-{column}", f"{words[column]} against best-of-n", caption, series, axes)
 
 
-def _watched(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
-    columns = (
-        ("guard", "Guard's score"),
-        ("kl", "KL, watched"),
-        ("length", "Length, watched"),
-        ("ended", "Endings, watched"),
-    )
-    for column, title in columns:
-        series: list[tuple[str, tuple[Point, ...]]] = []
-        for name, policy in policies:
-            rows = [seen.to_json() for seen in policy.watched]
-            series.append(
-                (name, tuple((float(r["step"] or 0), float(r[column] or 0)) for r in rows if r[column] is not None))
-            )
-        caption = "On the prompts that the policy is watched on."
-        yield from _curves(f"watched-{column}", title, caption, series)
-
-
 def _judged(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
     judged = [(name, policy.judged) for name, policy in policies if policy.judged]
     rows = [Dot(label, name, rate) for name, found in judged for label, rate in found.win_rates.items()]
@@ -303,6 +290,8 @@ def _judged(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
         "Held-out prompts where the trained policy's answer scores higher than the untrained one's; ties count half."
     )
     yield from _dots("win-rates", "Win rates", caption, rows, Axes("share of prompts", rule=0.5))
+    for column in ("reward", "guard", "gold"):
+        yield from _best_of_n(policies, column)
     yield from _less_best_of_n(judged)
     for name, policy in policies:
         for score, word in (("reward", "Reward"), ("gold", "True quality")):
@@ -356,9 +345,11 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def _curves(name: str, title: str, caption: str, series: Sequence[tuple[str, Sequence[Point]]]) -> Iterator[Figure]:
+def _curves(
+    name: str, title: str, caption: str, series: Sequence[tuple[str, Sequence[Point]]], axes: Axes = OVER_STEPS
+) -> Iterator[Figure]:
     drawn = [Line(label, points) for label, points in series if points]
-    yield from _lines(name, title, caption, drawn, Axes(STEP))
+    yield from _lines(name, title, caption, drawn, axes)
 
 
 def _lines(name: str, title: str, caption: str, series: Sequence[Line], axes: Axes) -> Iterator[Figure]:

@@ -10,7 +10,6 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from helpsteer_rloo.report.figures import (
     Figure,
@@ -53,14 +52,13 @@ def render(runs: Sequence[Run]) -> str:
         state="running" if any(run.state == "running" for run in runs) else "ended",
         reload_seconds=RELOAD_SECONDS,
         policy=_policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         verdicts=[verdict(run) for run in runs],
         facts=facts(runs),
         settings=settings(runs),
         sections=_sections(runs),
-        samples=Markup(embedded(_sample_sets(runs))),
-        svg=Markup,
+        samples=embedded(_sample_sets(runs)),
     )
     return text.encode("utf-8", "replace").decode("utf-8")
 

@@ -105,11 +105,11 @@ def _finding(node: Node) -> Finding:
 def policy_judged_of(node: Node) -> PolicyJudged:
     """A policy's judgement, the outputs of the stage `evaluation`."""
     prompts = node.count("prompts")
-    rates = {"by reward": Estimate(node.number("win_rate"), *node.interval("win_rate_interval"), prompts)}
+    rates = {"reward": Estimate(node.number("win_rate"), *node.interval("win_rate_interval"), prompts)}
     others = {
-        "by reward, at equal length": "length_controlled_win_rate",
-        "by the guard": "guard_win_rate",
-        "by the guard, at equal length": "guard_length_controlled_win_rate",
+        "reward, equal length": "length_controlled_win_rate",
+        "guard": "guard_win_rate",
+        "guard, equal length": "guard_length_controlled_win_rate",
     }
     rates |= {label: node.estimate(name) for label, name in others.items() if node.has(name)}
     return PolicyJudged(

@@ -139,7 +139,7 @@
       .sort((a, b) => (a.key < b.key ? -1 : a.key > b.key ? 1 : 0))
       .map((entry) => entry.one);
   };
-  const shown = (value) => (Number.isFinite(value) ? value.toFixed(3) : "–");
+  const shown = (value) => (Number.isFinite(value) ? value.toFixed(3).replace("-", "−") : "–");
   const signed = (value) => (Number.isFinite(value) ? `${value >= 0 ? "+" : "−"}${Math.abs(value).toFixed(3)}` : "–");
   const direction = (value) => (value > 0 ? "up" : value < 0 ? "down" : "");
 

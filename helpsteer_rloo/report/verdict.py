@@ -1,10 +1,10 @@
 """What a run came to, in plain sentences, those first that call for a look; and its facts, as rows of a table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from helpsteer_rloo.report.records import Data, Policy, RewardModel, Run
+from helpsteer_rloo.report.records import Policy, RewardModel, Run
 from helpsteer_rloo.statistics import Estimate
 
 Kind = Literal["look", "good", "plain"]
@@ -78,7 +78,7 @@ def _of_policy(policy: Policy) -> Iterator[Sentence]:
             numbers = f"from {change.before:.3f} to {change.after:.3f} ({_signed(change.change)})"
             text = f"{words} {how} {numbers} on {judged.prompts} held-out prompts."
             yield Sentence(text, "look" if fell else "good" if rose else "plain")
-    rate = judged.win_rates["by reward"]
+    rate = judged.win_rates["reward"]
     yield Sentence(f"By reward the trained policy's answer is better for {percent(rate)} of the prompts.")
     yield Sentence(f"Its KL from the start is {judged.kl.value:.2f}{_brackets(judged.kl, '.2f')} nats a completion.")
 
@@ -100,36 +100,49 @@ def _brackets(estimate: Estimate, shape: str) -> str:
 Row = tuple[str, tuple[str, ...]]
 
 
-def facts(runs: Sequence[Run]) -> list[Row]:
-    """What was trained on what, a row a fact and a column a run; rows that no run has something in are left out."""
-    columns = [dict(_facts(run)) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    return [(name, tuple(column.get(name, "") for column in columns)) for name in names]
+def facts(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
+    """What was trained on what, in groups: a row a fact, a column a run. What no run has something in is left out."""
+    makers: dict[str, Callable[[Run], Iterator[tuple[str, str]]]] = {
+        "Data": _of_data,
+        "Training": _of_training,
+        "Answers before and after": _of_answers,
+        "Seconds": _of_stages,
+        "Versions": _of_versions,
+    }
+    groups: list[tuple[str, list[Row]]] = []
+    for title, make in makers.items():
+        columns = [dict(make(run)) for run in runs]
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        groups.append((title, [(name, tuple(column.get(name, "") for column in columns)) for name in names]))
+    return [group for group in groups if group[1]]
 
 
-def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    if run.data:
-        yield from _of_data(run.data)
+def _of_data(run: Run) -> Iterator[tuple[str, str]]:
+    data = run.data
+    if data is None:
+        return
+    yield "data", data.source
+    yield "fingerprint", data.fingerprint
+    yield "rows read", f"{data.rows:,}"
+    for reason, count in data.left_out:
+        yield f"left out: {reason}", f"{count:,}"
+    yield "pairs left", f"{data.pairs:,}"
+    for name, split in data.splits.items():
+        yield f"pairs in {name}", f"{split.pairs:,} on {split.prompts:,} prompts"
+    for reason, count in data.cut:
+        yield f"{reason} to {data.max_length} tokens", f"{count:,}"
+
+
+def _of_training(run: Run) -> Iterator[tuple[str, str]]:
+    if run.seed is not None:
+        yield "seed", str(run.seed)
     for model in run.reward_models:
         if model.steps is not None:
             yield f"steps: {model.name}", f"{model.steps:,}"
-    if run.policy:
-        yield from _facts_of_policy(run.policy)
-    if run.seed is not None:
-        yield "seed", str(run.seed)
-    for stage in run.stages:
-        if stage.seconds is not None:
-            yield f"seconds: {stage.name.replace('_', ' ')}", f"{stage.seconds:,.1f}"
-    yield from run.versions.items()
-
-
-def _facts_of_policy(policy: Policy) -> Iterator[tuple[str, str]]:
-    if policy.steps is not None:
-        yield "steps: RLOO", f"{policy.steps:,}"
-    if policy.episodes is not None:
-        yield "completions sampled", f"{policy.episodes:,.0f}"
-    for name, (before, after) in policy.judged.texts.items() if policy.judged else ():
-        yield _TEXTS.get(name, name), f"{before:.3g} → {after:.3g}"
+    if run.policy and run.policy.steps is not None:
+        yield "steps: RLOO", f"{run.policy.steps:,}"
+    if run.policy and run.policy.episodes is not None:
+        yield "completions sampled", f"{run.policy.episodes:,.0f}"
 
 
 _TEXTS = {
@@ -141,17 +154,18 @@ _TEXTS = {
 }
 
 
-def _of_data(data: Data) -> Iterator[tuple[str, str]]:
-    yield "data", data.source
-    yield "fingerprint of the data", data.fingerprint
-    yield "rows read", f"{data.rows:,}"
-    for reason, count in data.left_out:
-        yield f"left out: {reason}", f"{count:,}"
-    yield "pairs left", f"{data.pairs:,}"
-    for name, split in data.splits.items():
-        yield f"pairs in {name}", f"{split.pairs:,} on {split.prompts:,} prompts"
-    for reason, count in data.cut:
-        yield f"pairs with {reason} to {data.max_length} tokens", f"{count:,}"
+def _of_answers(run: Run) -> Iterator[tuple[str, str]]:
+    for name, (before, after) in run.policy.judged.texts.items() if run.policy and run.policy.judged else ():
+        yield _TEXTS.get(name, name), f"{before:.3g} → {after:.3g}"
+
+
+def _of_stages(run: Run) -> Iterator[tuple[str, str]]:
+    for stage in run.stages:
+        yield stage.name.replace("_", " "), "not finished" if stage.seconds is None else f"{stage.seconds:,.1f}"
+
+
+def _of_versions(run: Run) -> Iterator[tuple[str, str]]:
+    yield from run.versions.items()
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, str, tuple[str, ...]]]:
