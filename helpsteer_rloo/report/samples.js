@@ -143,10 +143,12 @@
   const signed = (value) => (Number.isFinite(value) ? `${value >= 0 ? "+" : "−"}${Math.abs(value).toFixed(3)}` : "–");
   const direction = (value) => (value > 0 ? "up" : value < 0 ? "down" : "");
 
-  const select = (label, options, value, changed) => {
-    const box = make("select", { onchange: (event) => changed(event.target.value) });
+  const labelled = (text, control) =>
+    make("div", { class: "filter" }, make("label", { for: control.id, text }), control);
+  const select = (id, label, options, value, changed) => {
+    const box = make("select", { id, onchange: (event) => changed(event.target.value) });
     for (const [name, text] of options) box.append(make("option", { value: name, text, selected: name === value }));
-    return make("label", {}, label, box);
+    return labelled(label, box);
   };
 
   const search = make("input", { type: "search", id: "search", autocomplete: "off", spellcheck: "false" });
@@ -162,19 +164,20 @@
     const set = setOf(state.set);
     const parts = [];
     if (SETS.length > 1) {
-      parts.push(select("Show", SETS.map((one) => [one.id, one.title]), set.id, (id) => change({ ...START, set: id })));
+      parts.push(select("show", "Show", SETS.map((one) => [one.id, one.title]), set.id, (id) => change({ ...START, set: id })));
     }
-    parts.push(make("label", {}, "Search in prompts and responses", search));
+    parts.push(labelled("Search in prompts and responses", search));
     if (domainsOf(set).length) {
       const options = [["", "all domains"], ...domainsOf(set).map((name) => [name, name])];
-      parts.push(select("Domain", options, state.domain, (domain) => change({ domain, page: 0 })));
+      parts.push(select("domain", "Domain", options, state.domain, (domain) => change({ domain, page: 0 })));
     }
     if (scoresOf(set).length > 1) {
-      parts.push(select("Score", scoresOf(set).map((name) => [name, name]), scoreName(), (by) => change({ by, page: 0 })));
+      const names = scoresOf(set).map((name) => [name, name]);
+      parts.push(select("score", "Score", names, scoreName(), (by) => change({ by, page: 0 })));
     }
-    const focused = document.activeElement === search;
+    const focused = document.activeElement && filters.contains(document.activeElement) && document.activeElement.id;
     filters.replaceChildren(...parts);
-    if (focused) search.focus();
+    if (focused) document.getElementById(focused).focus();
     if (search.value !== state.q) search.value = state.q;
   };
 
