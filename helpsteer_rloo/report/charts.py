@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -52,31 +52,38 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Titles of the axes and limits of the vertical one; `marks` shows the points of lines, `rule` is drawn across."""
+    """Titles of the axes, and what else is said of them.
+
+    `limits` are those of the vertical one, which with `zero` begins at 0; `marks` shows the points of lines; a dashed
+    line is drawn at `rule`; `legend` names a series also where it is the only one.
+    """
 
     x: str
     y: str = ""
     marks: bool = False
     rule: float | None = None
     limits: tuple[float, float] | None = None
+    zero: bool = False
+    legend: bool = False
 
 
 def lines(series: Sequence[Line], axes: Axes) -> _Chart:
     """Lines over a common horizontal axis."""
     rows: list[dict[str, Any]] = [{"x": x, "y": y, "s": line.name} for line in series for x, y in line.points]
-    names = list(dict.fromkeys(line.name for line in series))
+    told = _series((line.name for line in series), axes)
     x = alt.X("x:Q", title=axes.x, axis=_axis(), scale=alt.Scale(nice=False, zero=False, padding=4))
     tiny = max((abs(row["y"]) for row in rows), default=1.0) < _TINY
-    scale = alt.Scale(domain=axes.limits) if axes.limits else alt.Scale(zero=False, nice=True)
+    limits = axes.limits or _around([row["y"] for row in rows], zero=axes.zero)
+    scale = alt.Scale(domain=limits) if limits else alt.Scale(zero=axes.zero, nice=True)
     y = alt.Y("y:Q", title=axes.y or None, axis=_axis(**({"format": ".1e"} if tiny else {})), scale=scale)
     marks = axes.marks or max(len(line.points) for line in series) < 2
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_colour(names))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=told.colour())
     line = base.mark_line(strokeWidth=2, strokeJoin="round")
     if marks:
-        points = base.mark_point(filled=True, size=36, opacity=1).encode(shape=_by_series(alt.Shape, names, _MARKS))
+        points = base.mark_point(filled=True, size=36, opacity=1).encode(shape=told.told_by(alt.Shape, _MARKS))
         drawn: _Chart = line + points
     else:
-        drawn = line.encode(strokeDash=_by_series(alt.StrokeDash, names, _DASHES))
+        drawn = line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES))
     return _sized(drawn if axes.rule is None else _horizontal(axes.rule) + drawn)
 
 
@@ -87,55 +94,53 @@ def steps(series: Sequence[tuple[str, Histogram]], axes: Axes) -> _Chart:
         for name, histogram in series
         for x, count in histogram.points
     ]
-    names = list(dict.fromkeys(name for name, _ in series))
+    told = _series((name for name, _ in series), axes)
     x = alt.X("x:Q", title=axes.x, axis=_axis(), scale=alt.Scale(nice=False, zero=False))
     y = alt.Y("y:Q", title="share", axis=_axis(format="%"))
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_colour(names, symbolType="stroke", symbolOpacity=1))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=told.colour(symbolType="stroke", symbolOpacity=1))
     area = base.mark_area(interpolate="step-after", opacity=0.16).encode(y=alt.Y("y:Q", stack=None))
     line = base.mark_line(interpolate="step-after", strokeWidth=1.75)
-    return _sized(area + line.encode(strokeDash=_by_series(alt.StrokeDash, names, _DASHES)))
+    return _sized(area + line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES)))
 
 
 def bars(rows: Sequence[tuple[str, str, float]], axes: Axes) -> _Chart:
     """Horizontal bars: row, series, value."""
-    names = list(dict.fromkeys(series for _, series, _ in rows))
+    told = _series((series for _, series, _ in rows), axes)
     data = [{"r": row, "s": series, "x": value} for row, series, value in rows]
     chart = alt.Chart(_data(data)).mark_bar(cornerRadiusEnd=2)
     chart = chart.encode(
         x=alt.X("x:Q", title=axes.x, axis=_axis(format=".0%")),
         y=_rows([row for row, _, _ in rows]),
-        yOffset=alt.YOffset("s:N", sort=names),
-        color=_colour(names),
+        yOffset=told.offset,
+        color=told.colour(),
     )
-    return _sized(chart, len({row for row, _, _ in rows}) * max(1.0, 0.7 * len(names)))
+    return _sized(chart, len({row for row, _, _ in rows}) * max(1.0, 0.7 * len(told.names)))
 
 
 def dots(rows: Sequence[Dot], axes: Axes) -> _Chart:
     """Estimates with their intervals, a row each; a dashed line at `axes.rule`."""
-    names = list(dict.fromkeys(dot.series for dot in rows))
+    told = _series((dot.series for dot in rows), axes)
     data: list[dict[str, Any]] = [
         {"r": d.row, "s": d.series, "x": d.estimate.value, "low": d.estimate.low, "high": d.estimate.high} for d in rows
     ]
     for row in data:
         row |= {end: row["x"] for end in ("low", "high") if math.isnan(row[end])}
     scale = alt.Scale(zero=False, nice=True, padding=6)
-    base = alt.Chart(_data(data)).encode(
-        y=_rows([dot.row for dot in rows]), yOffset=alt.YOffset("s:N", sort=names), color=_colour(names)
-    )
+    base = alt.Chart(_data(data)).encode(y=_rows([dot.row for dot in rows]), yOffset=told.offset, color=told.colour())
     whiskers = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=axes.x, scale=scale), x2="high:Q")
     points = base.mark_point(filled=True, size=48, opacity=1).encode(
-        x=alt.X("x:Q", title=axes.x, scale=scale, axis=_axis()), shape=_by_series(alt.Shape, names, _MARKS)
+        x=alt.X("x:Q", title=axes.x, scale=scale, axis=_axis()), shape=told.told_by(alt.Shape, _MARKS)
     )
     drawn = whiskers + points
     if axes.rule is not None:
         rule = alt.Chart(_data([{"x": axes.rule}])).mark_rule(color=_MUTED, strokeDash=[4, 3])
         drawn = rule.encode(x=alt.X("x:Q", scale=scale)) + drawn
-    return _sized(drawn, len({dot.row for dot in rows}) * max(1.0, 0.7 * len(names)))
+    return _sized(drawn, len({dot.row for dot in rows}) * max(1.0, 0.7 * len(told.names)))
 
 
 def reliability(models: Sequence[tuple[str, Sequence[Bin]]], axes: Axes) -> _Chart:
     """How sure a reward model is against how often it is right; points by their number of pairs."""
-    names = [name for name, _ in models]
+    told = _series((name for name, _ in models), axes)
     rows: list[dict[str, Any]] = [
         {"x": b.confidence, "y": b.right, "n": b.count, "s": name} for name, bins in models for b in bins
     ]
@@ -143,10 +148,10 @@ def reliability(models: Sequence[tuple[str, Sequence[Bin]]], axes: Axes) -> _Cha
     percent = _axis(format=".0%")
     x = alt.X("x:Q", title=axes.x, axis=percent, scale=alt.Scale(domain=[0.5, 1.0]))
     y = alt.Y("y:Q", title=axes.y, axis=percent, scale=alt.Scale(domain=[math.floor(low * 10) / 10, 1.0]))
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=_colour(names))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=told.colour())
     points = base.mark_point(filled=True, opacity=0.9).encode(
         size=alt.Size("n:Q", legend=None, scale=alt.Scale(range=[20, 160])),
-        shape=_by_series(alt.Shape, names, _MARKS),
+        shape=told.told_by(alt.Shape, _MARKS),
     )
     ideal = alt.Chart(_data([{"x": 0.5, "y": 0.5}, {"x": 1.0, "y": 1.0}]))
     diagonal = ideal.mark_line(color=_MUTED, strokeDash=[4, 3], strokeWidth=1.5).encode(x=x, y=y)
@@ -164,24 +169,46 @@ def _axis(**more: Any) -> alt.Axis:
     return alt.Axis(tickCount=5, labelOverlap=True, **more)
 
 
+def _around(values: Sequence[float], *, zero: bool) -> tuple[float, float] | None:
+    """Limits around values that are all the same, which would have no axis; None if they are not."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if low != high or (zero and low):
+        return None
+    return (low - (abs(low) or 1.0) / 2, low + (abs(low) or 1.0) / 2)
+
+
 def _rows(names: Sequence[str]) -> alt.Y:
     axis = alt.Axis(title=None, labelLimit=150, ticks=False, domain=False, labelPadding=6)
     return alt.Y("r:N", sort=list(dict.fromkeys(names)), axis=axis)
 
 
-def _legend(names: Sequence[str], **more: Any) -> alt.Legend | None:
-    return alt.Legend(title=None, orient="top", columns=2, labelLimit=130, **more) if len(names) > 1 else None
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """The series of a chart, and whether they are named in it."""
+
+    names: Sequence[str]
+    named: bool
+
+    def told_by(self, channel: Any, values: Sequence[Any], **legend: Any) -> Any:
+        """A channel with a value of its own for each series, as far as there are values."""
+        shown = list(itertools.islice(itertools.cycle(values), len(self.names)))
+        scale = alt.Scale(domain=list(self.names), range=shown)
+        legend = {"title": None, "orient": "top", "columns": 2, "labelLimit": 130, **legend}
+        return channel("s:N", scale=scale, legend=alt.Legend(**legend) if self.named else None, sort=list(self.names))
+
+    def colour(self, **legend: Any) -> Any:
+        """The colour of each series."""
+        return self.told_by(alt.Color, _COLOURS, **legend)
+
+    @property
+    def offset(self) -> alt.YOffset:
+        """The place of each series in a row."""
+        return alt.YOffset("s:N", sort=list(self.names))
 
 
-def _colour(names: Sequence[str], **legend: Any) -> alt.Color:
-    return _by_series(alt.Color, names, _COLOURS, **legend)
-
-
-def _by_series(channel: Any, names: Sequence[str], values: Sequence[Any], **legend: Any) -> Any:
-    """A channel with a value of its own for each series, as far as there are values."""
-    shown = list(itertools.islice(itertools.cycle(values), len(names)))
-    scale = alt.Scale(domain=list(names), range=shown)
-    return channel("s:N", scale=scale, legend=_legend(names, **legend), sort=list(names))
+def _series(names: Iterable[str], axes: Axes) -> _Series:
+    unique = list(dict.fromkeys(names))
+    return _Series(unique, named=axes.legend or len(unique) > 1)
 
 
 def _horizontal(value: float) -> alt.Chart:

@@ -11,14 +11,9 @@ from typing import Any
 
 import jinja2
 
-from helpsteer_rloo.report.figures import (
-    Figure,
-    data_figures,
-    policies_of,
-    policy_figures,
-    reward_figures,
-    reward_models_of,
-)
+from helpsteer_rloo.report.figure import Figure
+from helpsteer_rloo.report.figures import data_figures, reward_figures, reward_models_of
+from helpsteer_rloo.report.policy_figures import policies_of, policy_figures
 from helpsteer_rloo.report.records import Finding, Run, Sample, Side
 from helpsteer_rloo.report.verdict import facts, settings, verdict
 

@@ -12,8 +12,10 @@ from helpsteer_rloo.alarms import Alarm
 from helpsteer_rloo.report import charts
 from helpsteer_rloo.report.charts import Axes, Dot, Line
 from helpsteer_rloo.report.collect import collect, find_run
-from helpsteer_rloo.report.figures import MOST_POINTS, policies_of, policy_figures, reward_figures, thinned
+from helpsteer_rloo.report.figure import MOST_POINTS, thinned
+from helpsteer_rloo.report.figures import reward_figures
 from helpsteer_rloo.report.page import embedded, render
+from helpsteer_rloo.report.policy_figures import policies_of, policy_figures
 from helpsteer_rloo.report.readings import distribution
 from helpsteer_rloo.report.records import Log, Policy, Run
 from helpsteer_rloo.report.verdict import facts, settings, verdict

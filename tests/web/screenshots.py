@@ -16,7 +16,6 @@ PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 LARGEST = 200_000
 """Bytes of a picture."""
 _TO_THE_POLICY = "document.getElementById('policy').scrollIntoView()"
-_TO_THE_DATA = "document.getElementById('data').scrollIntoView()"
 
 
 def main(first, second):
@@ -29,9 +28,9 @@ def main(first, second):
         one, both = Path(scratch) / "one.html", Path(scratch) / "both.html"
         one.write_text(page_of(runs[:1]), encoding="utf-8")
         both.write_text(page_of(runs), encoding="utf-8")
-        take(chromium, one, "report-desktop-dark", scheme="dark", size=(1180, 1000), script=_TO_THE_POLICY)
+        take(chromium, one, "report-desktop-dark", scheme="dark", size=(1180, 1000))
         take(chromium, one, "report-phone-light", scheme="light", size=(390, 844), fragment="#sample-1")
-        take(chromium, both, "report-two-runs", scheme="light", size=(1180, 1000), script=_TO_THE_DATA)
+        take(chromium, both, "report-two-runs", scheme="light", size=(1180, 1000), script=_TO_THE_POLICY)
 
 
 def take(chromium, page_file, name, *, scheme, size, fragment="", script=None):
