@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 PIP := "$(PY)" -m pip --disable-pip-version-check --no-input install -qq --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test test-all check chaos bench clean FORCE
+.PHONY: help install demo docs test test-all test-web screenshots check chaos bench clean FORCE
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -35,6 +35,19 @@ test: $(STAMP) ## the tests that take seconds
 
 test-all: $(STAMP) ## every test
 	@$(PYTEST) $(ARGS)
+
+WEB_STAMP := $(VENV)/.installed-web
+
+test-web: $(WEB_STAMP) ## the report in a browser: needs Chromium from the distribution's packages, or CHROMIUM=/path/to/it
+	@OMP_NUM_THREADS=1 HELPSTEER_RLOO_WEB=required "$(PY)" -m pytest -m web tests/web $(ARGS)
+
+RUNS ?= runs/demo runs/demo2
+screenshots: $(WEB_STAMP) ## the README's pictures, of two runs: make screenshots RUNS='runs/demo runs/demo2'
+	@"$(PY)" -m tests.web.screenshots $(RUNS)
+
+$(WEB_STAMP): $(STAMP)
+	@$(PIP) --no-build-isolation -e '.[web]'
+	@touch "$@"
 
 check: $(STAMP) ## lint, format and types
 	@"$(PY)" -m ruff check .

@@ -73,7 +73,7 @@ def demo(directory: Path, seed: int, **rloo: Any) -> dict[str, Any]:
 
 def gold_curve(directory: Path) -> dict[int, float]:
     """The true quality at every step that was measured, on the same prompts with the same seeds."""
-    from helpsteer_rloo.training.ledger import read_steps
+    from helpsteer_rloo.run_dir import read_steps
 
     curve: dict[int, float] = {}
     for step, rows in read_steps(directory / "run" / "policy" / "watch").items():

@@ -5,8 +5,9 @@ A policy that goes on against a reward model comes to where the reward rises and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from helpsteer_rloo.statistics import Estimate, mean
 
@@ -65,6 +66,18 @@ class Watched:
     def merit(self) -> float:
         """What the best step is chosen by: the guard's mean score, without a guard the reward model's."""
         return average(self.reward if self.guard is None else self.guard)
+
+
+COLUMNS = ("reward", "guard", "kl", "surprise", "length", "ended")
+"""Of a row of a measurement, as it is written down: a completion's part of `Watched`."""
+
+
+def watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:
+    """The measurement of a step from its rows."""
+    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
+    if all(score is None for score in columns["guard"]):
+        columns["guard"] = None
+    return Watched(step, **columns)
 
 
 def average(values: Sequence[float | None]) -> float:

@@ -38,6 +38,7 @@ COMMANDS = {
     "best-of": "the best of N answers to each prompt of a file, by a reward model",
     "serve": "a reward model behind HTTP, in the formats of OpenRLHF, vLLM and its own",
     "export": "a trained model as transformers and vLLM load it, and on the hub",
+    "report": "a run, or several side by side, as one page that opens anywhere",
     "data": "read, select and split a data set, and print what became of every row",
 }
 
@@ -187,6 +188,14 @@ def export(argv: list[str] | None = None) -> None:
     guarded(lambda: run_export(settings))
 
 
+def report(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo report`."""
+    from helpsteer_rloo.report_command import parse_report, run_report
+
+    settings = parse_report(argv)
+    guarded(lambda: run_report(settings))
+
+
 _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "pipeline": run_pipeline,
     "reward-model": train_reward_model,
@@ -198,6 +207,7 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "best-of": best_of,
     "serve": serve,
     "export": export,
+    "report": report,
     "data": show_data,
 }
 

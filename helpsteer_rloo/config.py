@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 Knobs = TypeVar("Knobs", bound="DataclassInstance")
 
 
-_SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token")
+SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token")
+"""Settings, and keys in settings, that no record may hold."""
 
 
 def _without_secrets(values: Mapping[str, FlagValue]) -> dict[str, FlagValue]:
     return {
         name: _without_secrets(value) if isinstance(value, Mapping) else value
         for name, value in values.items()
-        if name not in _SECRETS
+        if name not in SECRETS
     }
 
 

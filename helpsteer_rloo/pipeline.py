@@ -1,7 +1,8 @@
 """The run: the stages over one record, from preferences to a judged policy."""
 
 import shlex
-from collections.abc import Callable, Generator, Sequence
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +16,8 @@ from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.identity import reward_model_identity
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import is_main_process, process_count
-from helpsteer_rloo.provenance import provenance
+from helpsteer_rloo.provenance import command_line, provenance
+from helpsteer_rloo.reporting import reported
 from helpsteer_rloo.reward_record import check_reward_model
 from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
 from helpsteer_rloo.stages import Stage, finished_stages, refuse_foreign, run_stages, seconds_by_stage
@@ -42,8 +44,9 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     made = [member.own.output_dir for member in ensemble(settings)]
     for directory in made:
         refuse_foreign(Path(directory))
-    with _only_process(run, *made):
-        stages = [data_stage(run, context), *_reward_stages(settings, context)]
+    with reported(run), _only_process(run, *made):
+        _record_start(run, {"reward": settings.describe()})
+        stages = [data_stage(run, context), *_reward_stages(run, settings, context)]
         _plan(run, [stage.name for stage in stages])
         outputs = run_stages(run, stages, say)
     heldout = outputs["verification"]
@@ -56,12 +59,12 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     say(f"Next: {rloo_command(settings)}")
 
 
-def _reward_stages(settings: Settings[RewardKnobs], context: DataContext) -> list[Stage]:
+def _reward_stages(run: RunDir, settings: Settings[RewardKnobs], context: DataContext) -> list[Stage]:
     """Training and verification of a reward model, or of each one of an ensemble."""
     stages: list[Stage] = []
     for number, member in enumerate(ensemble(settings), start=1):
         name = reward_stage_name(number)
-        stages += [reward_stage(member, context, name), verification_stage(member, context, of=name)]
+        stages += [reward_stage(member, context, name), verification_stage(run, member, context, of=name)]
     return stages
 
 
@@ -70,7 +73,8 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
-    with _only_process(run, settings.own.output_dir):
+    with reported(run), _only_process(run, settings.own.output_dir):
+        _record_start(run, {"rloo": settings.describe()})
         stages = [data_stage(run, context), rloo_stage(settings, context)]
         _plan(run, [stage.name for stage in stages])
         outputs = run_stages(run, stages, say)
@@ -87,6 +91,14 @@ def _plan(run: RunDir, names: Sequence[str]) -> None:
 def _record_beside(output_dir: str) -> RunDir:
     path = Path(output_dir).resolve()
     return RunDir(path.with_name(path.name + ".run"))
+
+
+def _record_start(run: RunDir, settings: Mapping[str, Any]) -> None:
+    """Write down what the run was started with, for those who look at it while it goes on and afterwards."""
+    if is_main_process():
+        write_json(
+            run.start, {"command": command_line(sys.argv), "settings": dict(settings), "provenance": provenance()}
+        )
 
 
 @contextmanager
@@ -177,7 +189,8 @@ def run_pipeline(
     made += [] if own.reward_model_only else [settings.rloo.own.output_dir]
     for directory in made:
         refuse_foreign(Path(directory))
-    with _only_process(run, *made):
+    with reported(run), _only_process(run, *made):
+        _record_start(run, _described(settings))
         _run_all(settings, run, before, gold)
 
 
@@ -193,11 +206,11 @@ def _run_all(
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
     if not own.rloo_only:
-        first += _reward_stages(settings.reward, context)
+        first += _reward_stages(run, settings.reward, context)
     if settings.guard:
         first += [
             reward_stage(settings.guard, context, "guard"),
-            verification_stage(settings.guard, context, of="guard"),
+            verification_stage(run, settings.guard, context, of="guard"),
         ]
     run_stages(run, first, say)
     stages = [
@@ -280,12 +293,17 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
         **summary,
         "seconds": seconds_by_stage(run, names),
         "seed": settings.own.seed,
-        "settings": {
-            "pipeline": asdict(settings.own),
-            "reward": settings.reward.describe(),
-            "rloo": settings.rloo.describe(),
-        },
+        "settings": _described(settings),
         "provenance": provenance(),
+    }
+
+
+def _described(settings: PipelineSettings) -> dict[str, Any]:
+    """All settings of a run, by stage."""
+    return {
+        "pipeline": asdict(settings.own),
+        "reward": settings.reward.describe(),
+        "rloo": settings.rloo.describe(),
     }
 
 

@@ -1,15 +1,17 @@
 """Where the files of a run lie, and how they are written: atomically, with the completion marker last."""
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 REWARD_MODEL_RECORD = "reward_model.json"
 """In a reward model's directory: what it was trained on and how it scores. Its presence marks a finished model."""
@@ -21,6 +23,14 @@ POLICY_RECORD = "policy.json"
 """In a policy's directory: how it was trained. Its presence marks a finished policy."""
 
 
+METRICS = "metrics.jsonl"
+"""In the directory that a training writes to: what it logged, one JSON line a time, for as long as it goes on."""
+
+WATCH = "watch"
+"""In a policy's directory: the measurements along its training, a file a step."""
+
+_ATTEMPTS = 4
+"""To take a lock; those who only look at it hold it for less than the time between two."""
 _MEND = "delete it and run the command again."
 
 STAGE_MARKER = "stage.json"
@@ -65,10 +75,29 @@ class RunDir:
         """Held-out prompts with the answers of the untrained and the trained policy, one JSON line a prompt."""
         return self.root / "samples.jsonl"
 
+    def pairs(self, of: str) -> Path:
+        """Held-out pairs with the scores of a reward model (named as its stage is), one JSON line a pair."""
+        return self.root / ("pairs.jsonl" if of == "reward_model" else f"pairs-{of}.jsonl")
+
     @property
     def summary(self) -> Path:
         """All results of the run."""
         return self.root / "summary.json"
+
+    @property
+    def start(self) -> Path:
+        """What the run was started with: the command, its settings, the versions of the libraries."""
+        return self.root / "run.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.root / "report.html"
+
+    @property
+    def report_lock(self) -> Path:
+        """Held by the process that writes it."""
+        return self.root / ".report.lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,6 +189,45 @@ def read_record(path: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dic
     return record
 
 
+def read_steps(directory: Path) -> dict[int, list[dict[str, Any]]]:
+    """The rows of all files `step-<optimizer step>.jsonl.gz` of a directory, in the order of the steps."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(directory.glob("step-*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
+            found[int(path.name[5:11])] = [json.loads(line) for line in file]
+    return found
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON lines; NaN and infinity are refused."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The JSON objects of a file of JSON lines, none if there is no file, and what is wrong with the first bad line.
+
+    Nothing is read behind that one; the last line of a file that is being written may be such.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return rows, None
+    except UnicodeDecodeError as error:
+        return rows, f"{path} is not UTF-8 ({error})"
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            return rows, f"{path}, line {number}: {error}"
+        if not isinstance(row, dict):
+            return rows, f"{path}, line {number}: expected a JSON object"
+        rows.append(cast(dict[str, Any], row))
+    return rows, None
+
+
 def fingerprint(content: object) -> str:
     """A short digest of a JSON-like value; equal values have equal digests whatever the order of their keys.
 
@@ -193,15 +261,37 @@ def locked(path: Path, what: Path) -> Generator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             file.seek(0)
             raise ValueError(
                 f"Another process ({file.read().strip() or 'unknown'}) is working on {what}; wait for its end, or give "
                 "another --output_dir."
-            ) from None
+            )
         file.truncate(0)
         file.write(f"pid {os.getpid()}")
         file.flush()
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    """Take a lock, also if `is_locked` is just looking at it."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if attempt + 1 < _ATTEMPTS:
+                time.sleep(0.05)
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -88,6 +88,17 @@ def _wilson(share: float, count: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def binned(values: Sequence[int], most: int = 30) -> dict[str, Any]:
+    """Counts of whole numbers, 0 or more, in at most so many bins from 0 on, of a round width: 1, 2 or 5 times 10^k.
+
+    >>> binned([0, 3, 9, 30], most=8)
+    {'width': 5, 'counts': [2, 1, 0, 0, 0, 0, 1]}
+    """
+    largest = max(values, default=0)
+    width = next(w for k in range(20) for w in (10**k, 2 * 10**k, 5 * 10**k) if largest // w < most)
+    return {"width": width, "counts": np.bincount(np.asarray(values, dtype=int) // width).tolist()}
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """A mean with Student's t interval; of differences, for paired comparisons. One value has no interval: it is NaN.
 

@@ -1,6 +1,5 @@
 """The stages of a run: what each depends on, does, and leaves behind."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -29,7 +28,9 @@ from helpsteer_rloo.run_dir import (
     POLICY_RECORD,
     REWARD_MODEL_RECORD,
     RunDir,
+    json_lines,
     read_record,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from helpsteer_rloo.rendering import Renderer
 
 WEIGHTS = "*.safetensors"
+KEPT_PAIRS = 500
+"""Held-out pairs that a run keeps with their scores, to be read."""
 PROBES = 16
 """Held-out sequences whose scores a saved reward model must reproduce."""
 
@@ -190,7 +193,9 @@ def verification_name(of: str) -> str:
     return "verification" if of == "reward_model" else f"{of}_verification"
 
 
-def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of: str = "reward_model") -> Stage:
+def verification_stage(
+    run: RunDir, settings: Settings[RewardKnobs], context: DataContext, of: str = "reward_model"
+) -> Stage:
     """Score the held-out pairs; print sample predictions; add accuracy and interval to the reward model's record."""
     directory = Path(settings.own.output_dir)
     batch_size = int(settings.trl.get("per_device_eval_batch_size", 8))
@@ -209,6 +214,8 @@ def verification_stage(settings: Settings[RewardKnobs], context: DataContext, of
         del model
         release()
         sample = [j.to_json() for j in spread_sample(judgements, settings.own.sample_predictions)]
+        kept = (j.to_sample() for j in spread_sample(judgements, KEPT_PAIRS))
+        write_bytes(run.pairs(of), json_lines(kept).encode("utf-8", "surrogatepass"))
         show(predictions_table(sample))
         show(findings_table(heldout["findings"]))
         write_json(directory / REWARD_MODEL_RECORD, {**record, "heldout": heldout, "sample_predictions": sample})
@@ -333,6 +340,15 @@ def heldout_prompts(settings: Settings[RLOOKnobs], context: DataContext, most: i
     return groups, dict(counts)
 
 
+def _domains(context: DataContext) -> dict[str, str]:
+    """The domain of each held-out prompt by its last turn, which no cut changes; of two with the same, the first's."""
+    domains: dict[str, str] = {}
+    for group in context.prepared.corpus.groups["validation"]:
+        for preference in group.preferences[:1]:
+            domains.setdefault(group.prompt[-1].content, preference.domain)
+    return domains
+
+
 def evaluation_stage(
     run: RunDir,
     own: PipelineKnobs,
@@ -364,7 +380,9 @@ def evaluation_stage(
         pair = PolicyPair(Base(**record["base"]), Path(settings.own.output_dir), record["adapter"])
         judges = Judges(settings.own.reward_model_path, settings.own.guard_reward_model, gold)
         result, samples = evaluate_policy(pair, judges, context.tokenizer, groups, knobs)
-        write_text(run.samples, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in samples))
+        domains = _domains(context)
+        rows = ({**row, "domain": domains.get(row["prompt"][-1]["content"])} for row in samples)
+        write_text(run.samples, json_lines(rows))
         return {**result, "heldout_prompts": counts}
 
     return Stage("evaluation", inputs, work, artefacts=(run.samples,), needs=("data", "rloo"))

@@ -25,6 +25,7 @@ from typing import Any
 from helpsteer_rloo.checkpoints import SEAL
 from helpsteer_rloo.data.demo import DemoBaseSettings, write_rows
 from helpsteer_rloo.preemption import STOPPED
+from helpsteer_rloo.run_dir import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = DemoBaseSettings(hidden_size=64, intermediate_size=192, layers=2, clean_steps=60, mixed_steps=30)
@@ -36,7 +37,7 @@ TERMINATED = 0.2
 HANGING = 300.0
 """Seconds after which a run is taken to hang."""
 EXPECTED = {0, -signal.SIGKILL, -signal.SIGTERM, STOPPED}
-OF_THE_CLOCK = ("seconds", "provenance", "runtime", "per_second", "step_time", "train_loss")
+OF_THE_CLOCK = ("seconds", "provenance", "runtime", "per_second", "step_time", "train_loss", "machine")
 """Ends of the names of numbers that tell how long something took, when it was, or what one process alone did."""
 
 
@@ -117,10 +118,12 @@ def kill(process: subprocess.Popen[str], lane: Path, record: Record, chance: ran
 
 def results(run: Path) -> dict[str, Any]:
     """Everything that must be the same: files by name, and numbers without those of the clock."""
-    files = [*run.glob("*/*.safetensors"), *run.glob("rollouts/*.gz"), run / "samples.jsonl", run / "data.json"]
+    files = [*run.glob("*/*.safetensors"), *run.glob("rollouts/*.gz"), *run.glob("*.jsonl"), run / "data.json"]
     found: dict[str, Any] = {str(path.relative_to(run)): path.read_bytes() for path in sorted(files)}
     found["summary.json"] = timeless(json.loads((run / "summary.json").read_text()))
     for stage in ("reward_model", "policy"):
+        lines = (run / stage / METRICS).read_text().splitlines()
+        found[f"{stage}: {METRICS}"] = timeless([json.loads(line) for line in lines])
         last = max(run.glob(f"{stage}/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         state = json.loads((last / "trainer_state.json").read_text())
         found[f"{stage}: logged"] = timeless(state["log_history"])

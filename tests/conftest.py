@@ -1,10 +1,13 @@
 """What several tests share. Heavy imports stand inside the fixtures, so that tests of light modules stay light."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 settings.load_profile("reproducible")
+os.environ["HELPSTEER_RLOO_REPORT"] = "off"  # a process for each of many small runs; tests/report has its own
 
 
 @pytest.fixture(scope="session")

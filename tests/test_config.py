@@ -769,6 +769,7 @@ HELPS = [
     (f"{CLI} best-of --help", "--keep_all"),
     (f"{CLI} serve --help", "--queue_tokens"),
     (f"{CLI} export --help", "--push_to_hub"),
+    (f"{CLI} report --help", "--output"),
 ]
 
 

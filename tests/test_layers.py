@@ -69,6 +69,8 @@ LAYERS: tuple[frozenset[str], ...] = (
             "chat_partner",
             "chat_screen",
             "chat_session",
+            "report_command",
+            "reporting",
         }
     ),
 )
@@ -102,9 +104,11 @@ LIGHT = frozenset(
         "score_command",
         "best_of_command",
         "chat_command",
+        "report_command",
+        "reporting",
     }
 )
-HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})
+HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate", "altair", "vl_convert"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.groups import Message
 from helpsteer_rloo.parsing import parse_command
+from helpsteer_rloo.report.collect import collect, find_run
+from helpsteer_rloo.report.page import render
 from helpsteer_rloo.run_dir import locked
 from helpsteer_rloo.steps import data_context, reward_stage
 from helpsteer_rloo.training.ledger import read_rollouts
@@ -84,6 +86,28 @@ def test_the_summary_holds_everything(finished):
     assert record["reload"]["max_difference"] <= 1e-5
     assert len(record["sample_predictions"]) == 8
     assert f"n = {reward['heldout_pairs']}" in (directory / "reward_model" / "README.md").read_text()
+
+
+def test_the_report_shows_what_was_found(finished):
+    directory, _ = finished
+    summary = json.loads((directory / "summary.json").read_text())
+    run = collect(find_run(str(directory)), "now")
+    assert (run.state, run.notes, len(run.stages)) == ("finished", (), 5)
+    (model,) = run.reward_models
+    assert model.judged.accuracy.value == summary["reward_model"]["heldout_accuracy"]
+    assert len(model.pairs) == model.judged.accuracy.count == run.data.splits["validation"].pairs
+    right = [pair.second.scores["score"] > pair.first.scores["score"] for pair in model.pairs]
+    assert sum(right) / len(right) == pytest.approx(model.judged.accuracy.value)
+    assert all(pair.second.text and pair.prompt and pair.domain for pair in model.pairs)
+    lengths = run.data.splits["train"].lengths
+    assert {lengths[part].total for part in ("prompt", "chosen", "rejected")} == {run.data.splits["train"].pairs}
+    assert run.policy.steps == summary["rloo"]["steps"]
+    assert (directory / "policy" / "metrics.jsonl").read_text() == ""  # fewer steps than --logging_steps
+    assert run.policy.judged.changes["reward"].after == summary["policy"]["reward_after"]
+    assert {sample.domain for sample in run.policy.answers} <= set(run.data.splits["validation"].domains)
+    page = render([run])
+    assert f"(n = {summary['reward_model']['heldout_pairs']})" in page
+    assert str(directory.parent) not in page.replace(str(directory), "")  # no path but the settings' own
 
 
 def test_no_heldout_prompt_is_trained_on(finished, tokenizer):

@@ -15,6 +15,7 @@ from helpsteer_rloo.groups import Message, Preference, PromptGroup, Split, Token
 from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import fingerprint
+from helpsteer_rloo.statistics import binned
 
 PERCENTILES = (50, 90, 95, 99, 100)
 CHOOSING_SHARE = 0.1
@@ -267,6 +268,7 @@ def _split_report(groups: Sequence[TokenGroup], fit: FitCounts) -> dict[str, Any
             for name, values in fit.lengths.items()
             if values
         },
+        "lengths": {name: binned(values) for name, values in fit.lengths.items() if values},
     }
 
 

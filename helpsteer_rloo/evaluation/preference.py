@@ -9,7 +9,7 @@ import torch
 
 from helpsteer_rloo.evaluation.text_features import markdown_marks
 from helpsteer_rloo.events import counted
-from helpsteer_rloo.groups import Preference, TokenGroup
+from helpsteer_rloo.groups import Message, Preference, TokenGroup
 from helpsteer_rloo.model.forward import score_groups
 from helpsteer_rloo.model.loading import Model
 from helpsteer_rloo.objectives import preference_margins
@@ -24,11 +24,12 @@ MANY_TURNS = 4
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse:
-    """A response with its score, its length in tokens, and the number of its headings, list items and bold phrases."""
+    """A response: score, length in tokens, number of its headings, list items and bold phrases, and its text."""
 
     score: float
     tokens: int = 0
     markdown: int = 0
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Judgement:
     """One held-out pair with its scores.
 
     `group` is that of all pairs on one prompt, whatever was cut off it; `prompt` is the last user turn, `turns` the
-    number of them, `length` that of the prompt and the longer response in tokens.
+    number of them, `length` that of the prompt and the longer response in tokens; `conversation` is the whole prompt.
     """
 
     group: int
@@ -46,6 +47,7 @@ class Judgement:
     prompt: str = ""
     turns: int = 1
     length: int = 0
+    conversation: tuple[Message, ...] = ()
 
     @property
     def margin(self) -> float:
@@ -70,6 +72,19 @@ class Judgement:
             "right": self.right,
         }
 
+    def to_sample(self) -> dict[str, Any]:
+        """The whole pair with its scores, as it is kept to be read."""
+        label = self.preference
+        sides = {"chosen": self.chosen, "rejected": self.rejected}
+        return {
+            "row": label.row,
+            "domain": label.domain,
+            "language": label.language,
+            "strength": label.strength,
+            "prompt": [{"role": turn.role, "content": turn.content} for turn in self.conversation],
+            **{name: {"text": s.text, "score": s.score, "tokens": s.tokens} for name, s in sides.items()},
+        }
+
 
 def judge(
     model: Model, groups: Sequence[TokenGroup], batch_size: int, text_of: Callable[[Sequence[int]], str] | None = None
@@ -83,7 +98,7 @@ def judge(
         model: A reward model.
         groups: With preferences.
         batch_size: Continuations in one forward pass.
-        text_of: From a continuation's ids to its text, whose markdown is to be counted.
+        text_of: From a continuation's ids to its text, which is kept, and whose markdown is counted.
     """
     judgements: list[Judgement] = []
     chunk = max(1, 8 * batch_size)
@@ -94,9 +109,10 @@ def judge(
             if not all(map(math.isfinite, own)):
                 rows = ", ".join(str(preference.row) for preference in group.preferences)
                 raise ValueError(f"A score of row {rows} (counted from 0) is not finite: the reward model is damaged.")
+            texts = [text_of(ids) if text_of else "" for ids in group.continuation_ids]
             responses = [
-                ScoredResponse(score, len(ids), markdown_marks(text_of(ids)) if text_of else 0)
-                for score, ids in zip(own, group.continuation_ids, strict=True)
+                ScoredResponse(score, len(ids), markdown_marks(text), text)
+                for score, ids, text in zip(own, group.continuation_ids, texts, strict=True)
             ]
             judgements += _judgements(number, group, responses)
     return judgements
@@ -110,7 +126,7 @@ def _judgements(number: int, group: TokenGroup, responses: Sequence[ScoredRespon
         length = len(group.prompt_ids) + max(chosen.tokens, rejected.tokens)
         prompt = group.prompt[-1].content if group.prompt else ""
         owner = number if preference.first_row is None else preference.first_row
-        judgements.append(Judgement(owner, preference, chosen, rejected, prompt, turns, length))
+        judgements.append(Judgement(owner, preference, chosen, rejected, prompt, turns, length, group.prompt))
     return judgements
 
 

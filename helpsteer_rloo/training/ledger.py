@@ -1,14 +1,13 @@
 """The ledger of rollouts: one JSON line a completion, with everything its advantage was computed from."""
 
 import gzip
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.run_dir import write_bytes
+from helpsteer_rloo.run_dir import json_lines, read_steps, write_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +52,8 @@ def write_step(directory: Path, step: int, rows: Iterable[Mapping[str, Any]]) ->
     """Write the rows of an optimizer step as JSON lines, atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{step:06d}.jsonl.gz"
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_bytes(path, gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0))
+    write_bytes(path, gzip.compress(json_lines(rows).encode("utf-8", "surrogatepass"), mtime=0))
     return path
-
-
-def read_steps(directory: Path) -> dict[int, list[dict[str, Any]]]:
-    """The rows of all steps, in their order."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for path in sorted(directory.glob("step-*.jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
-            found[int(path.name[5:11])] = [json.loads(line) for line in file]
-    return found
 
 
 def read_rollouts(directory: Path) -> list[Entry]:

@@ -24,6 +24,7 @@ from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
 from helpsteer_rloo.reward_record import read_heldout_prompts
+from helpsteer_rloo.run_dir import WATCH
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.running import save_final, train_to_the_end
@@ -114,7 +115,7 @@ def _watch(
     every = own.watch_steps or settings.trl["save_steps"]  # below 1 a share of all steps, as transformers has it
     steps = math.ceil(every * trainer.args.max_steps) if every < 1 else int(every)
     rules = WatchRules(steps, own.on_alarm, own.max_kl)
-    watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / "watch")
+    watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / WATCH)
     trainer.add_callback(watch)
     return watch
 

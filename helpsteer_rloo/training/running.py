@@ -9,6 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from helpsteer_rloo.checkpoints import damage, full_disk_explained
 from helpsteer_rloo.training.bad_steps import skip_bad_steps
+from helpsteer_rloo.training.metrics_log import record_metrics
 from helpsteer_rloo.training.reporting import reporting
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
 from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
@@ -39,6 +40,7 @@ def train_to_the_end(
         refuse_other_engine(trainer, checkpoint)
     seal_checkpoints(trainer)
     bad_steps = skip_bad_steps(trainer, max_bad_steps)
+    record_metrics(trainer, checkpoint)
     ended = begin(checkpoint)
     if checkpoint and not _is_sharded(trainer):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

@@ -10,17 +10,16 @@ from typing import Any, cast
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpsteer_rloo.alarms import Watched, alarms, best_of, is_over, verdict
+from helpsteer_rloo.alarms import COLUMNS, Watched, alarms, best_of, is_over, verdict, watched
 from helpsteer_rloo.checkpoints import damage
 from helpsteer_rloo.events import Measured, publish
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.rollout import Completion, sequence_seed, supports_sampler
 from helpsteer_rloo.model.sharding import whole_weights
-from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none, read_steps, write_step
+from helpsteer_rloo.run_dir import read_steps
+from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none, write_step
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
-
-COLUMNS = ("reward", "guard", "kl", "surprise", "length", "ended")
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class PolicyWatch(TrainerCallback):
         if accelerator.is_main_process:
             write_step(self._directory, state.global_step, ordered)
             publish(Measured("watch", state.global_step, state.max_steps, _means(ordered)))
-        self.history.append(_watched(state.global_step, ordered))
+        self.history.append(watched(state.global_step, ordered))
 
     def _guarded(self, ids: Mapping[str, list[list[int]]], drawn: Sequence[Completion]) -> list[float | None]:
         """The guard's scores less the run's penalties: of a text that was cut off it knows nothing.
@@ -203,17 +202,10 @@ class PolicyWatch(TrainerCallback):
 
 def read_watched(directory: Path) -> list[Watched]:
     """What was measured along a run, in the order of the steps."""
-    return [_watched(step, rows) for step, rows in read_steps(directory).items()]
+    return [watched(step, rows) for step, rows in read_steps(directory).items()]
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means of the columns over the prompts that have a number there."""
     told = {name: [float(row[name]) for row in rows if row[name] is not None] for name in COLUMNS}
     return {name: sum(values) / len(values) for name, values in told.items() if values}
-
-
-def _watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:
-    columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
-    if all(score is None for score in columns["guard"]):
-        columns["guard"] = None
-    return Watched(step, **columns)

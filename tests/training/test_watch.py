@@ -12,7 +12,7 @@ from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.model.forward import group_log_probs
 from helpsteer_rloo.rendering import Renderer
-from helpsteer_rloo.training.ledger import read_steps
+from helpsteer_rloo.run_dir import read_steps
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.running import train_to_the_end
 from helpsteer_rloo.training.watch import PolicyWatch, WatchRules, read_watched

@@ -1,0 +1,362 @@
+"""A run's directory, read as far as the run has come."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from helpsteer_rloo.alarms import Alarm, Watched, alarms, watched
+from helpsteer_rloo.checkpoints import step_of
+from helpsteer_rloo.config import REWARD, RLOO, CommandSpec
+from helpsteer_rloo.knobs import PipelineKnobs
+from helpsteer_rloo.report.fields import Node
+from helpsteer_rloo.report.readings import answer_of, data_of, judged_of, pair_of, policy_judged_of
+from helpsteer_rloo.report.records import (
+    Data,
+    Judged,
+    Log,
+    Policy,
+    PolicyJudged,
+    RewardModel,
+    Run,
+    Sample,
+    Setting,
+    StageState,
+    State,
+)
+from helpsteer_rloo.run_dir import (
+    METRICS,
+    POLICY_RECORD,
+    REWARD_MODEL_RECORD,
+    STAGE_MARKER,
+    WATCH,
+    RunDir,
+    is_locked,
+    read_json,
+    read_lines,
+    read_steps,
+)
+
+T = TypeVar("T")
+MOST_SAMPLES = 5000
+"""Of a file, that a page takes; the files have all."""
+_STARTED = ".started.json"
+_REWARD_STAGE = re.compile(r"reward_model(_\d+)?|guard")
+_ORDER = (
+    "world", "base", "data", "reward_model", "verification", r"reward_model_\d+(_verification)?",
+    "guard", "guard_verification", "rloo", "evaluation",
+)  # fmt: skip
+_USUAL_NAMES = {"guard": "guard_model", "rloo": "policy"}
+
+
+def find_run(given: str) -> RunDir:
+    """The run in a directory, or the one whose record stands beside it (`<output_dir>.run`) or around it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(given)
+    for candidate in (path, path.with_name(f"{path.name}.run"), path.parent):
+        if (candidate / "stages").is_dir():
+            return RunDir(candidate)
+    raise ValueError(
+        f"{given}: there is no run here, since neither it nor {path.name}.run beside it holds stages/. Give the "
+        "directory that a run writes its record to: runs/NAME, or --output_dir."
+    )
+
+
+def collect(run: RunDir, as_of: str) -> Run:
+    """Everything that a run's directory tells at a time.
+
+    Raises:
+        ValueError: a file of a run that does not go on any more is damaged, with its name and the field.
+    """
+    reader = _Reader(run, is_locked(run.lock))
+    settings = reader.start.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    names = reader.stage_names()
+    models = tuple(reader.reward_models(names, settings))
+    policy = reader.policy(names, settings)
+    return Run(
+        name=run.root.resolve().name,
+        state=reader.state(names),
+        as_of=as_of,
+        stages=tuple(reader.stage_states(names)),
+        command=str(reader.start.get("command") or ""),
+        seed=_seed(settings),
+        versions=_versions(reader.start.get("provenance")),
+        settings=tuple(_differences(settings)),
+        data=reader.part(reader.data),
+        reward_models=models,
+        policy=policy,
+        notes=tuple(reader.notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    steps: int | None = None
+    bad_steps: int = 0
+    episodes: float | None = None
+
+
+@dataclass(frozen=True)
+class _Ended:
+    verdict: str = ""
+    rolled_back_to: int | None = None
+
+
+@dataclass
+class _Reader:
+    """Reads the files of a run; what cannot be read is a note while the run goes on, and an error afterwards."""
+
+    run: RunDir
+    goes_on: bool
+    notes: list[str] = field(default_factory=list[str])
+    start: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        found = self.part(lambda: read_json(self.run.start)) or self.part(lambda: read_json(self.run.summary))
+        self.start = found or {}
+
+    def part(self, read: Callable[[], T]) -> T | None:
+        """One part of the run; None, with a note, if it cannot be read now."""
+        try:
+            return read()
+        except (ValueError, OSError, EOFError) as error:
+            message = str(error).replace(f"{self.run.root}/", "")
+            if not self.goes_on:
+                raise ValueError(f"{self.run.root}: {message} (The rest can be seen without that file.)") from error
+            self.notes.append(message)
+            return None
+
+    def node(self, path: Path) -> Node | None:
+        """The object in a file, if there is one."""
+        content = read_json(path)
+        return None if content is None else Node(content, str(path))
+
+    # ---- stages -----------------------------------------------------------------------------------------------------
+
+    def stage_names(self) -> list[str]:
+        """Stages that have begun, in the order that they run in."""
+        files = self.run.stage("x").parent.glob("*.json")
+        return sorted({path.name.removesuffix(_STARTED).removesuffix(".json") for path in files}, key=_place)
+
+    def state(self, names: Sequence[str]) -> State:
+        """Whether the run goes on, has ended, or was left in the middle."""
+        if self.goes_on:
+            return "running"
+        return "finished" if names and all(self.run.stage(name).exists() for name in names) else "unfinished"
+
+    def stage_states(self, names: Sequence[str]) -> Iterator[StageState]:
+        """The stages, with the seconds of those that have ended."""
+        for name in names:
+            yield StageState(name, self.part(functools.partial(self.seconds, name)))
+
+    def seconds(self, stage: str) -> float | None:
+        """Seconds that a stage took, if it has ended."""
+        node = self.node(self.run.stage(stage))
+        return node.number("seconds") if node else None
+
+    def outputs(self, stage: str) -> Node | None:
+        """What a stage that has ended found."""
+        node = self.node(self.run.stage(stage))
+        return node.inside("outputs") if node else None
+
+    def directory(self, stage: str, set_to: object) -> Path | None:
+        """The directory that a stage writes to: where it usually is, as the stage says itself, or as settings say.
+
+        Another run's directory of the same name is known by its key.
+        """
+        outputs = self.part(lambda: self.outputs(stage))
+        root = self.run.root
+        candidates = [root / _USUAL_NAMES.get(stage, stage), root.with_name(root.name.removesuffix(".run"))]
+        said = [outputs.content.get("directory") if outputs else None, set_to]
+        candidates += [path for one in said if one for path in (Path(str(one)), root.parent / Path(str(one)).name)]
+        records = [self.part(functools.partial(read_json, self.run.stage(stage)))]
+        records += [self.part(functools.partial(read_json, self.run.stage_started(stage)))]
+        keys = {record.get("key") for record in records if record}
+        for candidate in candidates:
+            marker = self.part(functools.partial(read_json, candidate / STAGE_MARKER))
+            if marker and marker.get("stage") == stage and marker.get("key") in keys:
+                return candidate
+        return None
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def data(self) -> Data | None:
+        """What became of every row."""
+        node = self.node(self.run.data_report)
+        return data_of(node) if node else None
+
+    def reward_models(self, names: Sequence[str], settings: Mapping[str, Any]) -> Iterator[RewardModel]:
+        """The reward models that the run trains, or the one that it was given."""
+        stages = sorted((name for name in names if _REWARD_STAGE.fullmatch(name)), key=lambda name: (name[0], name))
+        output = _setting(settings, "reward", "output_dir")
+        given = _setting(settings, "rloo", "reward_model_path")
+        if not any(name.startswith("reward_model") for name in stages) and given:
+            judged = self.part(lambda: self.judged(Path(str(given))))
+            if judged:
+                yield RewardModel("reward model", judged=judged)
+        for stage in sorted(stages, key=lambda name: name == "guard"):
+            number = stage.removeprefix("reward_model")
+            set_to = _setting(settings, "rloo", "guard_reward_model") if stage == "guard" else f"{output}{number}"
+            yield self.reward_model(stage, self.directory(stage, set_to))
+
+    def reward_model(self, stage: str, directory: Path | None) -> RewardModel:
+        """One reward model of the run."""
+        trained = self.part(lambda: self.trained(stage)) or _Trained()
+        return RewardModel(
+            name=stage.replace("_", " "),
+            log=self.log(directory),
+            steps=trained.steps,
+            bad_steps=trained.bad_steps,
+            judged=self.part(lambda: self.judged(directory)) if directory else None,
+            pairs=self.samples(self.run.pairs(stage), pair_of),
+        )
+
+    def judged(self, directory: Path) -> Judged | None:
+        """How the reward model in a directory was judged, if it was."""
+        node = self.node(directory / REWARD_MODEL_RECORD)
+        return judged_of(node.inside("heldout")) if node and node.has("heldout") else None
+
+    def log(self, directory: Path | None) -> Log:
+        """What a training has logged: its own record, or what its newest checkpoint keeps of it."""
+        if directory is None:
+            return Log()
+        rows, problem = read_lines(directory / METRICS)
+        if problem and not self.goes_on:  # of one that goes on, the last line may be half written
+            self.notes.append(problem.replace(f"{self.run.root}/", ""))
+        if not rows:
+            states = sorted(directory.glob("checkpoint-*/trainer_state.json"), key=lambda path: step_of(path.parent))
+            found = self.part(lambda: read_json(states[-1])) if states else None
+            history = (found or {}).get("log_history")
+            rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+        return Log(tuple(row for row in rows if isinstance(row.get("step"), int)))
+
+    def samples(self, path: Path, read: Callable[[int, Mapping[str, Any], str], Sample]) -> tuple[Sample, ...]:
+        """The first lines of a file of samples."""
+        rows, problem = read_lines(path)
+        if problem:
+            self.part(lambda: _refuse(problem))
+        if len(rows) > MOST_SAMPLES:
+            self.notes.append(f"{path.name} has {len(rows)} lines, of which the first {MOST_SAMPLES} are here.")
+        numbered = enumerate(rows[:MOST_SAMPLES], start=1)
+        return self.part(lambda: tuple(read(number, row, path.name) for number, row in numbered)) or ()
+
+    def policy(self, names: Sequence[str], settings: Mapping[str, Any]) -> Policy | None:
+        """The policy, once its training has begun."""
+        if "rloo" not in names:
+            return None
+        directory = self.directory("rloo", _setting(settings, "rloo", "output_dir"))
+        trained = self.part(lambda: self.trained("rloo")) or _Trained()
+        ended = (self.part(lambda: self.ended(directory)) if directory else None) or _Ended()
+        seen = (self.part(lambda: _watched(directory / WATCH)) if directory else None) or ()
+        return Policy(
+            log=self.log(directory),
+            watched=seen,
+            alarms=_alarms(seen, _setting(settings, "rloo", "max_kl")),
+            verdict=ended.verdict,
+            rolled_back_to=ended.rolled_back_to,
+            steps=trained.steps,
+            bad_steps=trained.bad_steps,
+            episodes=trained.episodes,
+            judged=self.part(self.policy_judged),
+            answers=self.samples(self.run.samples, answer_of),
+        )
+
+    def trained(self, stage: str) -> "_Trained | None":
+        """How far a training went, if it has ended."""
+        outputs = self.outputs(stage)
+        if outputs is None:
+            return None
+        episodes = outputs.number("episodes") if outputs.has("episodes") else None
+        return _Trained(outputs.count("steps"), outputs.count("bad_steps"), episodes)
+
+    def ended(self, directory: Path) -> "_Ended | None":
+        """What watching a policy came to, if that was done and has ended."""
+        record = self.node(directory / POLICY_RECORD)
+        watch = record.inside("training").maybe("watch") if record else None
+        if watch is None:
+            return None
+        verdict = watch.maybe("verdict")
+        back = watch.count("rolled_back_to") if watch.has("rolled_back_to") else None
+        return _Ended(verdict.text("sentence") if verdict else "", back)
+
+    def policy_judged(self) -> PolicyJudged | None:
+        """How the policy was judged, if it was."""
+        outputs = self.outputs("evaluation")
+        return policy_judged_of(outputs) if outputs else None
+
+
+def _place(stage: str) -> tuple[int, str]:
+    """Where in a run a stage stands."""
+    first = next((n for n, pattern in enumerate(_ORDER) if re.fullmatch(pattern, stage)), len(_ORDER))
+    return first, stage
+
+
+def _refuse(problem: str) -> None:
+    raise ValueError(problem)
+
+
+def _watched(directory: Path) -> tuple[Watched, ...]:
+    try:
+        return tuple(watched(step, rows) for step, rows in read_steps(directory).items() if rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory}: a row has no {error}") from None
+
+
+def _alarms(history: Sequence[Watched], max_kl: object) -> tuple[Alarm, ...]:
+    """The alarms along a run, each once, when it was first raised."""
+    limit = float(max_kl) if isinstance(max_kl, int | float) else None
+    found: dict[str, Alarm] = {}
+    for length in range(2, len(history) + 1):
+        for alarm in alarms(history[:length], limit):
+            found.setdefault(alarm.name, alarm)
+    return tuple(found.values())
+
+
+def _setting(settings: Mapping[str, Any], stage: str, name: str) -> Any:
+    of_stage = settings.get(stage)
+    return of_stage.get(name) if isinstance(of_stage, dict) else None
+
+
+def _seed(settings: Mapping[str, Any]) -> int | None:
+    found = [_setting(settings, stage, "seed") for stage in ("pipeline", "reward", "rloo")]
+    return next((seed for seed in found if isinstance(seed, int)), None)
+
+
+def _versions(provenance: object) -> dict[str, str]:
+    if not isinstance(provenance, dict):
+        return {}
+    return {str(name): str(value) for name, value in provenance.items() if value is not None}
+
+
+def _differences(settings: Mapping[str, Any]) -> Iterator[Setting]:
+    """The settings that are not at their defaults; what a stage has from the pipeline is not said twice."""
+    of_pipeline: dict[str, str] = {}
+    for stage, command in (("pipeline", None), ("reward", REWARD), ("rloo", RLOO)):
+        given = settings.get(stage)
+        if not isinstance(given, dict):
+            continue
+        defaults = _defaults(command) if command else {f.name: str(f.default) for f in fields(PipelineKnobs)}
+        for name, value in given.items():
+            default = defaults.get(name, "")
+            if _same(str(value), default) or of_pipeline.get(name) == str(value):
+                continue
+            if stage == "pipeline":
+                of_pipeline[name] = str(value)
+            yield Setting(stage, name, str(value), default)
+
+
+def _defaults(command: CommandSpec[Any]) -> dict[str, str]:
+    return {flag.name: flag.default for section in command.flags().values() for flag in section}
+
+
+def _same(value: str, default: str) -> bool:
+    try:
+        return float(value) == float(default)
+    except ValueError:
+        return value == default.strip("'\"")

@@ -1,0 +1,179 @@
+"""What a run came to, in plain sentences, those first that call for a look; and its facts, as rows of a table."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from helpsteer_rloo.report.records import Policy, RewardModel, Run
+from helpsteer_rloo.statistics import Estimate
+
+Kind = Literal["look", "good", "plain"]
+_MARKED: dict[Kind, int] = {"look": 0, "good": 1, "plain": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence, and whether it calls for a look, is good news, or neither."""
+
+    text: str
+    kind: Kind = "plain"
+
+
+def verdict(run: Run) -> list[Sentence]:
+    """What a run came to so far."""
+    found = [*_of_state(run), *_of_models(run.reward_models), *(_of_policy(run.policy) if run.policy else ())]
+    return sorted(found, key=lambda sentence: _MARKED[sentence.kind])
+
+
+def _of_state(run: Run) -> Iterator[Sentence]:
+    open_stages = [stage.name.replace("_", " ") for stage in run.stages if stage.seconds is None]
+    stage = f" Its stage now: {', '.join(open_stages)}." if open_stages else ""
+    if run.state == "running":
+        yield Sentence(f"It is still running, as of {run.as_of}.{stage}")
+    elif run.state == "unfinished":
+        left = f" in the stage {', '.join(open_stages)}" if open_stages else ""
+        yield Sentence(f"It is not finished: it was left{left}. The same command goes on from there.", "look")
+    for note in run.notes:
+        yield Sentence(note, "look")
+
+
+def _of_models(models: Sequence[RewardModel]) -> Iterator[Sentence]:
+    for model in models:
+        if model.bad_steps:
+            yield Sentence(
+                f"The {model.name}: {model.bad_steps} steps were skipped, their gradient not finite.", "look"
+            )
+        if model.judged is None:
+            continue
+        weak = not model.judged.better_than_chance
+        text = f"The {model.name} orders {percent(model.judged.accuracy)} of the held-out pairs as their labels do"
+        text += ", which is not significantly better than chance." if weak else "."
+        yield Sentence(text, "look" if weak else "good")
+        for finding in model.judged.findings:
+            if finding.concern:
+                yield Sentence(f"The {model.name}: {finding.sentence}", "look")
+
+
+_SCORES = {"gold": "The true quality of answers", "reward": "The reward of answers", "guard": "The guard's score"}
+
+
+def _of_policy(policy: Policy) -> Iterator[Sentence]:
+    if policy.bad_steps:
+        yield Sentence(f"RLOO: {policy.bad_steps} steps were skipped, their gradient not finite.", "look")
+    if policy.verdict:
+        back = policy.rolled_back_to
+        after = "" if back is None else f" The policy is that of step {back}."
+        yield Sentence(f"The run was ended by an alarm: {policy.verdict}{after}", "look")
+    for alarm in policy.alarms:
+        if alarm.sentence not in policy.verdict:
+            yield Sentence(f"Alarm at step {alarm.step}: {alarm.sentence}", "look")
+    judged = policy.judged
+    if judged is None:
+        return
+    for name, words in _SCORES.items():
+        if name in judged.changes:
+            change = judged.changes[name]
+            fell, rose = change.change.high < 0, change.change.low > 0
+            how = "fell" if fell else "rose" if rose else "did not change significantly:"
+            numbers = f"from {change.before:.3f} to {change.after:.3f} ({_signed(change.change)})"
+            text = f"{words} {how} {numbers} on {judged.prompts} held-out prompts."
+            yield Sentence(text, "look" if fell else "good" if rose else "plain")
+    rate = judged.win_rates["reward"]
+    yield Sentence(f"By reward the trained policy's answer is better for {percent(rate)} of the prompts.")
+    yield Sentence(f"Its KL from the start is {judged.kl.value:.2f}{_brackets(judged.kl, '.2f')} nats a completion.")
+
+
+def percent(estimate: Estimate) -> str:
+    """A share with its interval and count: `84.5 % [81.8 %, 86.9 %] (n = 1033)`."""
+    ends = "" if None in estimate.interval() else f" [{100 * estimate.low:.1f} %, {100 * estimate.high:.1f} %]"
+    return f"{100 * estimate.value:.1f} %{ends} (n = {estimate.count})"
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f}{_brackets(estimate, '+.3f')}"
+
+
+def _brackets(estimate: Estimate, shape: str) -> str:
+    return "" if None in estimate.interval() else f" [{estimate.low:{shape}}, {estimate.high:{shape}}]"
+
+
+Row = tuple[str, tuple[str, ...]]
+
+
+def facts(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
+    """What was trained on what, in groups: a row a fact, a column a run. What no run has something in is left out."""
+    makers: dict[str, Callable[[Run], Iterator[tuple[str, str]]]] = {
+        "Data": _of_data,
+        "Training": _of_training,
+        "Answers before and after": _of_answers,
+        "Seconds": _of_stages,
+        "Versions": _of_versions,
+    }
+    groups: list[tuple[str, list[Row]]] = []
+    for title, make in makers.items():
+        columns = [dict(make(run)) for run in runs]
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        groups.append((title, [(name, tuple(column.get(name, "") for column in columns)) for name in names]))
+    return [group for group in groups if group[1]]
+
+
+def _of_data(run: Run) -> Iterator[tuple[str, str]]:
+    data = run.data
+    if data is None:
+        return
+    yield "data", data.source
+    yield "fingerprint", data.fingerprint
+    yield "rows read", f"{data.rows:,}"
+    for reason, count in data.left_out:
+        yield f"left out: {reason}", f"{count:,}"
+    yield "pairs left", f"{data.pairs:,}"
+    for name, split in data.splits.items():
+        yield f"pairs in {name}", f"{split.pairs:,} on {split.prompts:,} prompts"
+    for reason, count in data.cut:
+        yield f"{reason} to {data.max_length} tokens", f"{count:,}"
+
+
+def _of_training(run: Run) -> Iterator[tuple[str, str]]:
+    if run.seed is not None:
+        yield "seed", str(run.seed)
+    for model in run.reward_models:
+        if model.steps is not None:
+            yield f"steps: {model.name}", f"{model.steps:,}"
+    if run.policy and run.policy.steps is not None:
+        yield "steps: RLOO", f"{run.policy.steps:,}"
+    if run.policy and run.policy.episodes is not None:
+        yield "completions sampled", f"{run.policy.episodes:,.0f}"
+
+
+_TEXTS = {
+    "length": "tokens of an answer",
+    "eos": "share ending by itself",
+    "repetition": "share of repeated 4-grams",
+    "distinct_2": "share of distinct 2-grams",
+    "refusals": "share of refusals",
+}
+
+
+def _of_answers(run: Run) -> Iterator[tuple[str, str]]:
+    for name, (before, after) in run.policy.judged.texts.items() if run.policy and run.policy.judged else ():
+        yield _TEXTS.get(name, name), f"{before:.3g} → {after:.3g}"
+
+
+def _of_stages(run: Run) -> Iterator[tuple[str, str]]:
+    for stage in run.stages:
+        yield stage.name.replace("_", " "), "not finished" if stage.seconds is None else f"{stage.seconds:,.1f}"
+
+
+def _of_versions(run: Run) -> Iterator[tuple[str, str]]:
+    yield from run.versions.items()
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Settings that are not at their defaults in some run: name, default, and the value in every run."""
+    columns = [{f"{s.stage}.{s.name}".removeprefix("pipeline."): s for s in run.settings} for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    found: list[tuple[str, str, tuple[str, ...]]] = []
+    for name in names:
+        default = next(column[name].default for column in columns if name in column)
+        found.append((name, default, tuple(column[name].value if name in column else default for column in columns)))
+    return found

@@ -1,0 +1,178 @@
+"""A run's directory is read as far as it has come, and what is wrong with a file is said with its name and field."""
+
+import json
+import math
+
+import pytest
+
+from helpsteer_rloo.report.collect import MOST_SAMPLES, collect, find_run
+from helpsteer_rloo.report.readings import LONGEST_TEXT
+from helpsteer_rloo.run_dir import RunDir, locked, write_json, write_text
+from tests.report.runs import answers, data_report, finish, heldout, json_text, make_run, mark, policy_log, start
+
+
+def read(root):
+    return collect(find_run(str(root)), "now")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+def test_a_finished_run_is_read_whole(run):
+    found = read(run)
+    assert (found.name, found.state, found.seed) == ("run", "finished", 7)
+    assert found.command == "helpsteer-rloo demo --seed 7"
+    assert [stage.name for stage in found.stages] == [
+        "data", "reward_model", "verification", "guard", "guard_verification", "rloo", "evaluation",
+    ]  # fmt: skip
+    assert dict(found.data.left_out) == {"bad row: json": 2, "another language than was asked for": 5, "tie": 7}
+    assert found.data.splits["train"].lengths["chosen"].counts == (1, 77, 2)
+    model, guard = found.reward_models
+    assert (model.name, guard.name) == ("reward model", "guard")
+    assert model.judged.accuracy.value == 0.8
+    assert guard.judged.parts["domain"]["stem"].high == pytest.approx(0.75)
+    assert model.judged.biases.keys() == {"length"}
+    assert model.judged.probes.keys() == {"repetition"}
+    assert model.log.series("loss")[1] == (10.0, 0.35)
+    assert model.log.series("machine/step_seconds")[0] == (5.0, 0.2)
+    assert len(model.pairs) == 40
+    assert model.pairs[1].second.scores == {"score": 1.01}
+    policy = found.policy
+    assert policy.log.last_step == 50
+    assert [seen.step for seen in policy.watched] == [0, 10, 20]
+    assert policy.judged.changes["gold"].after == pytest.approx(0.7)
+    assert policy.judged.win_rates.keys() == {"reward", "guard"}
+    assert policy.judged.best_of_n.policy_minus["reward"].low == 0.5
+    assert policy.answers[5].first.scores == {"reward": 0.5, "gold": 0.5}
+    assert policy.answers[5].second.note == "cut off by the length limit"
+    assert policy.answers[5].number == 6
+    assert not found.notes
+
+
+def test_settings_that_differ_from_the_defaults_are_named_once(run):
+    named = {(s.stage, s.name): (s.value, s.default) for s in read(run).settings}
+    assert named[("rloo", "kl_coef")] == ("0.1", "0.05")
+    assert named[("pipeline", "guard")] == ("True", "False")
+    assert ("reward", "seed") not in named  # it is the pipeline's
+    assert named[("reward", "learning_rate")] == ("0.001", "1e-05")
+
+
+def test_a_run_that_goes_on_is_read_so_far(run):
+    (run / "stages" / "evaluation.json").unlink()
+    (run / "samples.jsonl").unlink()
+    rloo = json.loads((run / "stages" / "rloo.json").read_text())
+    (run / "stages" / "rloo.json").unlink()
+    write_json(run / "stages" / "rloo.started.json", {"key": rloo["key"], "inputs": {}})
+    (run / "policy" / "policy.json").unlink()
+    with (run / "policy" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 55, "rew')  # half of a line
+    with locked(run / ".lock", run):
+        found = read(run)
+    assert found.state == "running"
+    assert found.stages[-1].seconds is None
+    assert found.policy.log.last_step == 50
+    assert found.policy.judged is None
+    assert not found.notes
+    found = read(run)
+    assert found.state == "unfinished"
+    assert "metrics.jsonl, line 11" in found.notes[0]
+
+
+def test_damage_is_an_error_of_a_run_that_ended_and_a_note_of_one_that_goes_on(run):
+    (run / "data.json").write_text(json.dumps({**data_report(), "rows": "many"}))
+    with pytest.raises(ValueError, match=r"run: data\.json: field 'rows': expected a whole number"):
+        read(run)
+    with locked(run / ".lock", run):
+        found = read(run)
+    assert found.data is None
+    assert found.notes == ("data.json: field 'rows': expected a whole number.",)
+    assert found.reward_models[0].judged is not None
+
+
+BROKEN = [
+    ("stages/rloo.json", {"outputs": {}}, "outputs.steps"),
+    ("reward_model/reward_model.json", {"heldout": {**heldout(), "interval": [0.1]}}, "heldout.interval"),
+    ("reward_model/reward_model.json", {"heldout": {**heldout(), "findings": [1]}}, r"heldout.findings\[0\]"),
+    ("reward_model/reward_model.json", {"heldout": {**heldout(), "heldout_accuracy": math.inf}}, "heldout_accuracy"),
+    ("policy/policy.json", {"training": 3}, "training"),
+    ("samples.jsonl", {"prompt": [], "before": {"text": 3}, "after": {}}, "line 1: field 'before.text'"),
+    ("pairs.jsonl", {"prompt": [{"role": "user"}]}, "field 'rejected'"),
+    ("run.json", "text", "expected a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "field"), BROKEN, ids=[f"{name}-{field}" for name, _, field in BROKEN])
+def test_a_broken_file_is_named_with_its_field(run, name, content, field):
+    (run / name).write_text(json.dumps(content) + "\n")
+    with pytest.raises(ValueError, match=rf"{name.split('/')[-1].replace('.', '[.]')}.*{field}"):
+        read(run)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"not json"])
+@pytest.mark.parametrize("name", ["samples.jsonl", "data.json", "policy/watch/step-000000.jsonl.gz"])
+def test_what_is_no_json_is_an_error(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"run: "):
+        read(run)
+
+
+def test_the_directory_of_another_run_is_not_taken_for_this_ones(run, tmp_path, monkeypatch):
+    """Runs record relative paths, which lead elsewhere from another working directory."""
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "elsewhere" / "policy"
+    mark(tmp_path / "elsewhere", "rloo", other)
+    write_text(other / "metrics.jsonl", json_text(policy_log(2)))
+    assert read(run).policy.log.last_step == 50
+    (run / "policy").rename(run / "moved")
+    assert read(run).policy.log.rows == ()
+
+
+@pytest.mark.parametrize("given", ["rm", "rm.run"])
+def test_the_scripts_keep_their_record_beside_their_result(tmp_path, given):
+    root, model = tmp_path / "rm.run", tmp_path / "rm"
+    start(root, {"reward": {"output_dir": str(model), "seed": 3}})
+    write_json(root / "data.json", data_report())
+    finish(root, "data", {})
+    finish(root, "reward_model", {"directory": str(model), "steps": 30, "bad_steps": 2}, model)
+    write_json(model / "reward_model.json", {"heldout": heldout()})
+    finish(root, "verification", {})
+    found = read(tmp_path / given)
+    assert (found.seed, found.policy, found.state) == (3, None, "finished")
+    assert found.reward_models[0].judged.accuracy.count == 200
+    assert found.reward_models[0].bad_steps == 2
+
+
+def test_a_policy_alone_shows_the_reward_model_that_it_was_given(run, tmp_path):
+    root, policy = tmp_path / "p.run", tmp_path / "p"
+    start(root, {"rloo": {"output_dir": str(policy), "reward_model_path": str(run / "reward_model")}})
+    finish(root, "rloo", {"directory": str(policy), "steps": 4, "bad_steps": 0, "episodes": 16.0}, policy)
+    found = read(policy)
+    assert found.reward_models[0].judged.accuracy.value == 0.8
+    assert found.reward_models[0].steps is None
+    assert found.policy.episodes == 16
+
+
+def test_a_run_without_its_own_log_has_that_of_its_newest_checkpoint(run):
+    (run / "policy" / "metrics.jsonl").unlink()
+    for step in (5, 10):
+        history = [{"step": n, "reward": 1.0} for n in range(1, step + 1)]
+        write_json(run / "policy" / f"checkpoint-{step}" / "trainer_state.json", {"log_history": history})
+    assert read(run).policy.log.last_step == 10
+
+
+def test_long_texts_and_long_files_are_shortened_and_it_is_said(run):
+    rows = answers(MOST_SAMPLES + 1)
+    rows[0]["after"]["text"] = "x" * (LONGEST_TEXT + 1234)
+    write_text(run / "samples.jsonl", json_text(rows))
+    found = read(run)
+    assert len(found.policy.answers) == MOST_SAMPLES
+    assert found.policy.answers[0].second.text.endswith("[… 1,234 more characters in the run's files]")
+    assert found.notes == ("samples.jsonl has 5001 lines, of which the first 5000 are here.",)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no run here.*Give the directory that a run writes its record to"):
+        find_run(str(tmp_path / "nothing"))
+    assert find_run(str(make_run(tmp_path / "run") / "policy")) == RunDir(tmp_path / "run")

@@ -1,0 +1,231 @@
+"""The page is whole in itself, says what the run says, and holds texts of any kind as nothing but text."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from helpsteer_rloo.alarms import Alarm
+from helpsteer_rloo.report import charts
+from helpsteer_rloo.report.charts import Axes, Dot, Line
+from helpsteer_rloo.report.collect import collect, find_run
+from helpsteer_rloo.report.figure import MOST_POINTS, thinned
+from helpsteer_rloo.report.figures import reward_figures
+from helpsteer_rloo.report.page import embedded, render
+from helpsteer_rloo.report.policy_figures import policies_of, policy_figures
+from helpsteer_rloo.report.readings import distribution
+from helpsteer_rloo.report.records import Log, Policy, Run
+from helpsteer_rloo.report.verdict import facts, settings, verdict
+from helpsteer_rloo.statistics import Estimate
+from tests.report.runs import HOSTILE, make_run, policy_log
+
+
+class Page(HTMLParser):
+    """What stands in a page: elements with their attributes, and the text of each kind of element."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self._open = [], {}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self._open:
+            self.texts.setdefault(self._open[-1], []).append(data)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def read(root):
+    return collect(find_run(str(root)), "2026-11-26 08:00:00 UTC")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return read(make_run(tmp_path_factory.mktemp("runs") / "first"))
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return render([run])
+
+
+def test_nothing_is_loaded_and_only_the_pages_own_script_and_style_are_allowed(page):
+    parsed = Page(page)
+    (policy,) = [
+        meta["content"] for meta in parsed.of("meta") if "content-security" in meta.get("http-equiv", "").lower()
+    ]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        text = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+    assert [s.get("type") for s in parsed.of("script")] == ["application/json", None]
+    for tag, attributes in parsed.elements:
+        assert not {"src", "style", "action", "data"} & attributes.keys(), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        assert attributes.get("href", "#").startswith("#"), (tag, attributes)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_every_chart_has_a_name_of_its_own_and_takes_its_colours_from_the_page(page):
+    parsed = Page(page)
+    images = parsed.of("svg")
+    assert len(images) > 20
+    assert all(image["role"] == "img" for image in images)
+    identities = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    assert {part for image in images for part in image["aria-labelledby"].split()} <= set(identities)
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not re.search(r'(fill|stroke)="(#|rgb|black|white)', drawn)
+    assert len(parsed.of("figure")) == len(images) == len([d for d in parsed.texts["summary"] if d == "Numbers"])
+
+
+def test_the_page_says_what_the_run_says(page):
+    text = " ".join(" ".join(part) for part in Page(page).texts.values())
+    for said in (
+        "The reward model orders 80.0 % [75.0 %, 85.0 %] (n = 200) of the held-out pairs as their labels do.",
+        "The true quality of answers rose from 0.400 to 0.700 (+0.300 [+0.200, +0.400]) on 60 held-out prompts.",
+        "0123456789abcdef",
+        "helpsteer-rloo demo --seed 7",
+        "left out: tie",
+        "80 on 40 prompts",
+        "It likes length more than they do.",
+        "kl_coef",
+    ):
+        assert said in text
+    assert 'http-equiv="refresh"' not in page
+    assert 'data-state="running"' not in page
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A run all of whose texts want to be something else."""
+    return read(make_run(tmp_path_factory.mktemp("runs") / "<b onx=1>", domain=HOSTILE[1], texts=HOSTILE))
+
+
+def test_hostile_texts_are_text_and_nothing_else(hostile):
+    page = render([hostile])
+    page.encode("utf-8")
+    parsed = Page(page)
+    assert not parsed.of("img")
+    assert not parsed.of("b")
+    assert len(parsed.of("script")) == 2
+    assert page.count("</script>") == 2
+    data = re.search(r'id="sample-sets">(.*?)</script>', page, re.DOTALL)[1]
+    assert "<" not in data
+    assert "\u2028" not in data
+    answers, pairs = json.loads(data)
+    shown = {sample["sides"][1]["text"] for sample in answers["samples"]}
+    assert {text for text in HOSTILE if len(text) < 1000} <= shown
+    assert max(map(len, shown)) < 21_000
+    assert pairs["samples"][0]["prompt"][0] == ["user", "Hello!"]
+    assert any("</script>" in text for text in parsed.texts["text"])  # the domain, in a chart
+
+
+def test_json_for_a_script_comes_back_as_it_was():
+    value = {"texts": HOSTILE, "number": 1.5}
+    assert json.loads(embedded(value)) == value
+    assert not set("<>&\u2028\u2029\ud800\udfff") & set(embedded(value))
+
+
+def test_a_hostile_name_is_escaped_in_a_chart():
+    name = "\"><script>x</script>'&"
+    drawn = charts.svg(charts.lines([Line(name, [(0, 1), (1, 2)]), Line("b", [(0, 0)])], Axes(name)), "n", name, name)
+    assert "<script>" not in drawn
+    assert Page(drawn).texts["title"] == [name]
+
+
+def test_several_runs_stand_side_by_side(run, tmp_path):
+    other = read(make_run(tmp_path / "second", accuracy=0.5, gold=-0.2, concern=True))
+    page = render([run, other])
+    parsed = Page(page)
+    assert "first and second" in parsed.texts["h1"]
+    text = " ".join(" ".join(part) for part in parsed.texts.values())
+    assert "not significantly better than chance" in text
+    assert "The true quality of answers fell from 0.400 to 0.200" in text
+    assert {"first", "second"} <= set(parsed.texts["th"])
+    sets = json.loads(re.search(r'id="sample-sets">(.*?)</script>', page, re.DOTALL)[1])
+    assert [one["id"] for one in sets] == ["1-answers", "1-pairs", "2-answers", "2-pairs"]
+    names = {name for figure in policy_figures(policies_of([run, other])) for name, *_ in figure.rows}
+    assert {"first", "second", "first: reward", "second: guard"} <= names
+
+
+def test_concerns_come_first():
+    policy = Policy(
+        verdict="It exploits.", rolled_back_to=10, bad_steps=3, alarms=(Alarm("length", 20, "Too long.", acts=False),)
+    )
+    found = verdict(Run("r", "finished", "now", policy=policy, notes=("data.json is damaged",)))
+    assert {s.text for s in found if s.kind == "look"} == {
+        "data.json is damaged",
+        "RLOO: 3 steps were skipped, their gradient not finite.",
+        "The run was ended by an alarm: It exploits. The policy is that of step 10.",
+        "Alarm at step 20: Too long.",
+    }
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    page = render([Run("r", "running", "now")])
+    assert 'data-state="running"' in page[:1000]
+    assert '<noscript><meta http-equiv="refresh" content="60"></noscript>' in page
+    assert "It is still running, as of now." in page
+    assert "Nothing has been recorded yet." in page
+
+
+def test_columns_of_several_runs_are_aligned(run):
+    empty = Run("empty", "unfinished", "now")
+    for _, rows in facts([run, empty]):
+        assert all(len(cells) == 2 and cells[1] == "" for _, cells in rows)
+    assert all(values[1] == default for _, default, values in settings([run, empty]))
+
+
+def test_long_logs_are_thinned_by_means():
+    points = [(float(n), float(n % 2)) for n in range(10_000)]
+    thin = thinned(points)
+    assert len(thin) <= MOST_POINTS
+    assert thin[3][1] == pytest.approx(0.5, abs=0.02)
+    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
+    log = Log(tuple({**row, "step": n} for n, row in enumerate(policy_log(10_000), start=1)))
+    figures = list(policy_figures([("r", Policy(log=log))]))
+    assert max(len(figure.svg) for figure in figures) < 20_000
+    assert {figure.name for figure in figures} >= {"policy-reward", "policy-entropy", "eos", "memory"}
+
+
+def test_the_numbers_behind_a_figure_are_those_of_the_run(run):
+    figures = {figure.name: figure for figure in reward_figures([("m", run.reward_models[0])])}
+    assert ("general", "m", "0.800", "0.750 to 0.850", "200") in figures["accuracy-domain"].rows
+    assert ("m", "0.950", "0.970", "90") in figures["reliability"].rows
+    assert ("m", "10", "0.35") in figures["reward-loss"].rows
+    assert ("longer: model", "m", "0.600", "0.500 to 0.700", "200") in figures["bias"].rows
+    assert sum(int(row[1]) for row in figures["scores-m"].rows) == 40
+
+
+def test_histograms_of_two_samples_share_their_bins():
+    first, second = distribution([0.0, 0.5, 1.0], [1.0, 2.0], most=4)
+    assert (first.counts, second.counts) == ((1, 1, 1, 0), (0, 0, 1, 1))
+    assert distribution([1.0], [1.0])[0].total == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_any_number_of_series_can_be_drawn(count):
+    names = [f"series {n}" for n in range(count)]
+    rows = [Dot("row", name, Estimate(0.5, float("nan"), float("nan"), 3)) for name in names]
+    for chart in (
+        charts.dots(rows, Axes("x")),
+        charts.lines([Line(name, [(1, 1)]) for name in names], Axes("x")),
+        charts.bars([("row", name, 0.5) for name in names], Axes("x")),
+    ):
+        assert charts.svg(chart, "n", "t", "d").endswith("</svg>")

@@ -1,0 +1,169 @@
+"""`helpsteer-rloo report`, and the report that a run keeps up to date."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpsteer_rloo import cli, reporting
+from helpsteer_rloo.reporting import reported
+from helpsteer_rloo.run_dir import RunDir, is_locked, locked, write_json
+from tests.report.runs import finish, make_run, make_small_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_small_run(tmp_path / "run")
+
+
+def test_the_page_goes_into_the_runs_directory(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    cli.report([str(run)])
+    page = (run / "report.html").read_text()
+    assert "The reward model orders 80.0 %" in page
+    assert "report.html" in capsys.readouterr().out
+    assert len(page) < 2_000_000
+
+
+def test_several_runs_go_into_one_page_here_or_where_it_is_asked_for(run, tmp_path, monkeypatch):
+    other = make_small_run(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    cli.report([str(run), "other"])
+    assert "run and other" in (tmp_path / "report.html").read_text()
+    cli.report(["other", str(run), "--output", "pages/both.html"])
+    assert "other and run" in (tmp_path / "pages" / "both.html").read_text()
+    assert not (other / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "give the directory of a run"),
+        (["run", "run/"], "a run is given twice"),
+        (["run", "--outptu", "x"], "unknown flag 'outptu'"),
+    ],
+)
+def test_mistakes_are_refused(run, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(SystemExit) as stopped:
+        cli.report(argv)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nothing"], "nothing: there is no run here"),
+        (["run", "--output", "run"], "--output run: no file can be written there"),
+    ],
+)
+def test_what_cannot_be_done_is_said(run, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(SystemExit) as stopped:
+        cli.report(argv)
+    assert stopped.value.code == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_report_that_another_process_writes_is_left_to_it(run, capsys):
+    with locked(run / ".report.lock", run), pytest.raises(SystemExit):
+        cli.report([str(run)])
+    assert "is working on" in " ".join(capsys.readouterr().err.split())
+
+
+def test_whether_a_run_goes_on_can_be_asked_without_taking_its_lock(tmp_path):
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    with locked(path, tmp_path):
+        assert is_locked(path)
+    assert not is_locked(path)
+
+
+@pytest.fixture
+def reporting_on(monkeypatch):
+    monkeypatch.delenv(reporting.SWITCH)
+    monkeypatch.setattr(reporting, "LOOK", 0.05)
+
+
+def wait_for(condition, seconds=300.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_report_at_the_end_of_a_stage_and_at_its_own(run, reporting_on, capsys):
+    directory, page = RunDir(run), run / "report.html"
+    with reported(directory):
+        with locked(directory.lock, run):
+            finish(run, "another", {})
+            wait_for(page.exists)
+            assert b'data-state="running"' in page.read_bytes()[:1000]
+        assert not is_locked(directory.lock)
+    assert b'data-state="running"' not in page.read_bytes()
+    assert "finished" in page.read_text()
+    assert "WARNING" not in capsys.readouterr().out
+    before = page.stat().st_mtime_ns
+    with reported(directory):
+        pass
+    assert page.stat().st_mtime_ns == before  # nothing has changed
+
+
+def test_a_report_that_fails_is_a_warning_said_once(run, reporting_on, capsys):
+    (run / "data.json").write_text("{")
+    with reported(RunDir(run)):
+        finish(run, "another", {})
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("WARNING: the report could not be written") == 1
+    assert "data.json is damaged" in out
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_a_page_that_says_so(run, reporting_on):
+    def fail():
+        write_json(run / "stages" / "reward_model.started.json", {"key": "k", "inputs": {}})
+        raise ValueError("out of data")
+
+    with pytest.raises(ValueError, match="out of data"), reported(RunDir(run)):
+        fail()
+    page = (run / "report.html").read_text()
+    assert "It is not finished: it was left in the stage reward model." in page
+
+
+def test_only_one_report_at_a_time_is_written_and_none_outlives_its_run(run, reporting_on, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def slow(command, **more):
+        assert all(process.poll() is not None for process in started)
+        process = popen([sys.executable, "-c", "import time; time.sleep(60)"], **more)
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+
+    def interrupted():
+        finish(run, "another", {})
+        wait_for(lambda: started)
+        finish(run, "one more", {})
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), reported(RunDir(run)):
+        interrupted()
+    assert len(started) == 1
+    assert started[0].poll() is not None
+    assert time.monotonic() - begin < 30
+
+
+def test_reports_can_be_switched_off(run, monkeypatch):
+    assert os.environ[reporting.SWITCH] == "off"  # in all tests but these
+    with reported(RunDir(run)):
+        finish(run, "another", {})
+    assert not (run / "report.html").exists()
