@@ -60,7 +60,7 @@ class Shape:
 
 
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocabulary=512)
-STANDARD = Shape()
+STANDARD = Shape(512, 8, 8, 4, 64, 1536, 16_384)
 REAL_VOCABULARY = Shape(vocabulary=151_936, tied=True)
 QWEN3_8B = Shape(4096, 36, 32, 8, 128, 12_288, 151_936)
 
