@@ -9,13 +9,15 @@ does neither. What is said of CUDA has not been compared with a GPU.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helpsteer_rloo.planning.shapes import Shape, is_target
 from helpsteer_rloo.sizes import CHUNK
 
 FLOAT32 = 4
 """Bytes of sums and exponentials, whatever the model's type."""
+HEAP_BYTES = 32 * 2**20
+"""Size from which glibc always gives a freed tensor back to the system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,12 @@ class PassBytes:
 
     activations: float
     head: float = 0.0
+    holes: float = 0.0
 
     @property
     def total(self) -> float:
-        """Both."""
-        return self.activations + self.head
+        """All of it."""
+        return self.activations + self.head + self.holes
 
 
 # ---- what is kept for the backward pass -----------------------------------------------------------------------------
@@ -153,33 +156,40 @@ def _low_ranks(net: Net, names: Sequence[str]) -> int:
 def attention_moment(net: Net) -> int:
     """Bytes a token that attention holds at its worst, forward without gradient.
 
-    Residual stream and h; turned queries, keys and values; the result and the log-sum-exps. On a CPU besides: queries,
-    keys and values in float32 and gathered by ranges, a kernel's result, and what it is merged into.
+    The embeddings, which the body's forward holds to its end, the residual stream and h; turned queries, keys and
+    values; the result and the log-sum-exps. On a CPU besides: all of these in float32, and for about half of the tokens
+    what is gathered of them and the kernel's own result.
     """
     s = net.shape
     inputs, result = s.queries + 2 * s.keys, s.queries
-    held = net.weights * s.hidden + net.compute * (s.hidden + inputs + result) + FLOAT32 * s.heads
+    held = 2 * net.weights * s.hidden + net.compute * (s.hidden + inputs + result) + FLOAT32 * s.heads
     if not net.cpu:
         return held
     wide = FLOAT32 * (inputs + result) if net.compute < FLOAT32 else 0
-    return held + wide + FLOAT32 * (inputs + result)
+    return held + wide + FLOAT32 * (inputs + result) // 2
 
 
 def attention_backward_moment(net: Net) -> int:
-    """Bytes a token that attention's backward adds to what was kept: gradients, and on a CPU what it gathers."""
+    """Bytes a token that attention's backward adds to what was kept: the gradient it is given, those that it makes.
+
+    On a CPU besides: what was kept in float32, and for about half of the tokens what is gathered, and its gradients.
+    """
     s = net.shape
     inputs, result = s.queries + 2 * s.keys, s.queries
-    added = net.compute * (result + inputs) + net.weights * s.hidden
+    given = net.weights * s.hidden + net.compute * result
     if not net.cpu:
-        return added + FLOAT32 * s.heads
+        return given + net.compute * inputs + FLOAT32 * s.heads
     wide = FLOAT32 * (inputs + 2 * result) if net.compute < FLOAT32 else 0
-    return net.weights * s.hidden + net.compute * result + wide + FLOAT32 * (3 * inputs + 2 * result)
+    return given + wide + FLOAT32 * (2 * inputs + result)
 
 
 def network_moment(net: Net) -> int:
-    """Bytes a token that a feed-forward network holds at its worst, forward without gradient: x, h, g, u and the gate."""
+    """Bytes a token that a feed-forward network holds at its worst, forward without gradient.
+
+    The embeddings, the layer's input, the residual stream and h; g, u and the gate.
+    """
     s = net.shape
-    return net.weights * s.hidden + net.compute * (s.hidden + 3 * s.intermediate)
+    return 3 * net.weights * s.hidden + net.compute * (s.hidden + 3 * s.intermediate)
 
 
 def network_backward_moment(net: Net) -> int:
@@ -193,7 +203,8 @@ def head_bytes(net: Net, predicted: int, *, trained: bool, gradient: bool) -> fl
 
     Frozen, a chunk has its logits and their exponentials, in float32, and in half precision one of them once more; its
     gradient, if one is asked for, is made along with the value. Trained, the head is run again in the backward pass,
-    where logits, their logarithms and two gradients exist at one time; its own gradient is summed over the chunks.
+    where four tensors of a chunk exist at one time; then, with the last of them, a gradient of all weights and the sum
+    of those of earlier chunks.
     """
     if not predicted:
         return 0.0
@@ -202,9 +213,40 @@ def head_bytes(net: Net, predicted: int, *, trained: bool, gradient: bool) -> fl
     if not trained:
         once_more = net.compute if net.compute < FLOAT32 else 0
         return chunk * (2 * FLOAT32 + once_more) + states + (states if gradient else 0)
-    chunks = -(-predicted // CHUNK)
-    sums = min(2, chunks) * s.embedding_parameters() * net.weights
-    return chunk * (4 * FLOAT32 + (net.compute if net.compute < FLOAT32 else 0)) + sums + 2 * states
+    several = predicted > CHUNK
+    gradient_of_head = s.embedding_parameters() * net.weights
+    logits = chunk * (4 * FLOAT32 + (net.compute if net.compute < FLOAT32 else 0)) + several * gradient_of_head
+    return max(logits, chunk * net.compute + (1 + several) * gradient_of_head) + 2 * states
+
+
+def drawing_bytes(net: Net, rows: int) -> int:
+    """Drawing of one token in each of so many rows: logits, in half precision in float32 too, scores and weights."""
+    wide = 2 * FLOAT32 + (FLOAT32 if net.weights < FLOAT32 else 0)
+    return rows * net.shape.vocabulary * (net.weights + wide)
+
+
+# ---- what the heap keeps --------------------------------------------------------------------------------------------
+
+
+def heap_holes(net: Net, tokens: int, *, checkpointing: bool) -> float:
+    """On a CPU, what freed tensors leave behind: holes in the heap between tensors that are kept.
+
+    glibc takes tensors from its heap once such a one has been freed, unless they have 32 MiB or more, and a hole is too
+    small for the next tensor that is aligned to huge pages. Without checkpointing that are the temporaries of every
+    layer's attention, and in half precision its norms'; with it about one layer, forward and kept. An approximation
+    found by measuring (docs/memory.md): with the threshold fixed by `MALLOC_MMAP_THRESHOLD_` there are none.
+    """
+    if not net.cpu:
+        return 0.0
+    s = net.shape
+    within = min(tokens, HEAP_BYTES // (net.compute * max(s.hidden, s.queries)))
+    if checkpointing:
+        norm, behind = saved_in_network(net)
+        forward = max(attention_moment(net), network_moment(net))
+        return within * (forward + saved_in_attention(net) + norm + behind)
+    temporaries = FLOAT32 * (2 * s.queries + 2 * s.keys)
+    wide = temporaries + FLOAT32 * s.hidden if net.compute < FLOAT32 else 0
+    return within * s.layers * (temporaries // 2 + wide)
 
 
 # ---- whole passes ---------------------------------------------------------------------------------------------------
@@ -220,17 +262,19 @@ def inference_bytes(net: Net, row: Row) -> PassBytes:
 
 
 def training_bytes(net: Net, row: Row, *, checkpointing: bool) -> PassBytes:
-    """A pass and its backward: the worst of the head's moment, at the end of the forward pass, and a layer's backward."""
+    """A pass and its backward: the worst of the head's moment, in between, and those of a layer's backward."""
     s = net.shape
     kept = saved_bytes(net, row, checkpointing=checkpointing)
     final = row.tokens * s.hidden * net.weights
     head = head_bytes(net, row.predicted, trained=net.adapter is None, gradient=True)
     tokens_behind = row.tokens if checkpointing else row.read
-    layer = saved_in_layer(net, row) if checkpointing else 0
+    # A layer computed again keeps its own input, which is counted; and by then the final norm's is gone.
+    layer = saved_in_layer(net, row) - 2 * final if checkpointing else 0
     behind = saved_in_network(net)[1] * tokens_behind
     moments = (
         PassBytes(kept + final, head),
         PassBytes(kept + layer + network_backward_moment(net) * tokens_behind),
         PassBytes(kept + layer - behind + attention_backward_moment(net) * row.tokens),
     )
-    return max(moments, key=lambda moment: moment.total)
+    worst = max(moments, key=lambda moment: moment.total)
+    return replace(worst, holes=heap_holes(net, row.tokens, checkpointing=checkpointing))
