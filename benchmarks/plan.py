@@ -43,6 +43,7 @@ class Reward:
     pairs: int = 2
 
     def flags(self) -> list[str]:
+        """As the command takes them."""
         return [
             f"--per_device_train_batch_size={self.pairs}", "--gradient_accumulation_steps=1", "--max_steps=2",
             f"--max_length={self.length}",
@@ -64,9 +65,11 @@ class RLOO:
 
     @property
     def length(self) -> int:
+        """The longest sequence."""
         return self.prompt + self.response
 
     def flags(self) -> list[str]:
+        """As the command takes them."""
         return [
             f"--per_device_train_batch_size={self.k}", f"--gradient_accumulation_steps={self.groups}",
             f"--rloo_k={self.k}", f"--total_episodes={2 * self.groups * self.k}",
@@ -106,7 +109,8 @@ def _row(one: Reward | RLOO) -> Spec:
     sizes = f"{one.length}" if isinstance(one, Reward) else f"{one.prompt}+{one.k}x{one.response}"
     kind = "lora" if one.lora else "full"
     recompute = "checkpointing" if one.checkpointing else "no-checkpointing"
-    return {"name": f"plan/{stage}-{kind}-{one.dtype}-{one.shape}-{sizes}-{recompute}", "stage": stage, **asdict(one)}
+    name = f"plan/{stage}-{kind}-{one.dtype}-{one.shape}-{sizes}-{recompute}"
+    return {"name": name, "stage": stage, **asdict(one), "length": one.length}
 
 
 def benchmark(options: Options) -> None:
@@ -246,7 +250,7 @@ def _measure_reward(spec: Spec) -> Run:
 
 
 def _pairs(spec: Spec) -> list[Any]:
-    """Groups of one pair, each of two responses at the length limit on a short prompt, ids over all of the vocabulary."""
+    """Groups of one pair: two responses at the length limit on a short prompt, ids over all of the vocabulary."""
     from helpsteer_rloo.groups import Message, Preference, TokenGroup
 
     rng, words = random.Random(spec["seed"]), _shape(spec).vocabulary

@@ -10,6 +10,7 @@ from typing import Any
 from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
 from helpsteer_rloo.console import results_table, say, show
+from helpsteer_rloo.fitting import refuse_what_cannot_fit
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.identity import reward_model_identity
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
@@ -37,6 +38,7 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     made = [member.own.output_dir for member in ensemble(settings)]
     for directory in made:
         refuse_foreign(Path(directory))
+    _check_fit(settings, "reward")
     with _only_process(run, *made):
         outputs = run_stages(run, [data_stage(run, context), *_reward_stages(settings, context)], say)
     say(f"The reward model is in {settings.own.output_dir}.")
@@ -59,9 +61,27 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
+    _check_fit(settings, "rloo")
     with _only_process(run, settings.own.output_dir):
         run_stages(run, [data_stage(run, context), rloo_stage(settings, context)], say)
     say(f"The policy is in {settings.own.output_dir}.")
+
+
+def _check_fit(settings: Settings[Any], stage: str) -> None:
+    """Refuse a training of one stage that cannot fit into memory.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from helpsteer_rloo.planning.request import request_of_reward, request_of_rloo
+
+    request_of = request_of_reward if stage == "reward" else request_of_rloo
+    refuse_what_cannot_fit(
+        lambda rig: request_of(settings, rig),
+        use_cpu=bool(settings.trl.get("use_cpu")),
+        force=settings.own.force,
+        prefix=stage,
+    )
 
 
 def _record_beside(output_dir: str) -> RunDir:
@@ -169,6 +189,7 @@ def _run_all(
 ) -> None:
     own = settings.own
     run_stages(run, before, say)
+    _check_fit_of_all(settings)
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
     if not own.rloo_only:
@@ -193,6 +214,21 @@ def _run_all(
         write_json(run.summary, summary)
     show(results_table(summary))
     _say_next(settings, run)
+
+
+def _check_fit_of_all(settings: PipelineSettings) -> None:
+    """Refuse a run of which a stage cannot fit into memory.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from helpsteer_rloo.planning.request import request_of_pipeline
+
+    refuse_what_cannot_fit(
+        lambda rig: request_of_pipeline(settings, rig),
+        use_cpu=bool(settings.reward.trl.get("use_cpu") or settings.rloo.trl.get("use_cpu")),
+        force=settings.own.force,
+    )
 
 
 def _refuse_weak_reward_model(settings: PipelineSettings) -> None:

@@ -38,10 +38,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             "reward_record",
             "objectives",
             "statistics",
+            "sizes",
             "weights",
         }
     ),
-    frozenset({"data", "rendering", "packing"}),
+    frozenset({"data", "rendering", "packing", "planning"}),
     frozenset({"model"}),
     frozenset({"training", "evaluation", "serving", "report"}),
     frozenset(
@@ -58,6 +59,9 @@ LAYERS: tuple[frozenset[str], ...] = (
             "serve_command",
             "export_command",
             "score_command",
+            "plan_command",
+            "plan_tables",
+            "fitting",
         }
     ),
 )
@@ -88,6 +92,18 @@ LIGHT = frozenset(
         "serve_command",
         "export_command",
         "score_command",
+        "plan_command",
+        "plan_tables",
+        "fitting",
+        "planning.shapes",
+        "planning.memory",
+        "planning.request",
+        "planning.needs",
+        "planning.lengths",
+        "planning.time",
+        "planning.search",
+        "planning.machine",
+        "planning.verdict",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate"})

@@ -15,7 +15,6 @@ from helpsteer_rloo.reward_record import read_reward_record
 from helpsteer_rloo.run_dir import read_json
 from helpsteer_rloo.sizes import DEFAULT_TOKENS, DEFAULT_TOKENS_CPU
 
-SHARDINGS = ("ddp", "fsdp", "zero2", "zero3")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
 """Numbers that an optimizer keeps for a weight, each of the weight's type; of others, Adam's two are counted."""
