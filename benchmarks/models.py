@@ -5,8 +5,8 @@ The end-of-sequence id lies just outside the model's vocabulary, so it is never 
 the length asked for, on both sides.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,49 +20,20 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from helpsteer_rloo.planning import shapes
+from helpsteer_rloo.planning.shapes import QWEN3, Shape, Work, head_flops
+
+__all__ = ["Shape", "Work", "backward_flops", "forward_flops", "head_flops"]
+
 PAD_ID, UNKNOWN_ID = 0, 1
 LORA_RANK = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a Qwen3. The defaults are the 30-million-parameter model of the benchmarks (34 with the scalar head)."""
-
-    hidden: int = 512
-    layers: int = 8
-    heads: int = 8
-    kv_heads: int = 4
-    head_dim: int = 64
-    intermediate: int = 1536
-    vocabulary: int = 16_384
-    tied: bool = False
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """The seven linear layers of one decoder layer: their names, inputs and outputs."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (self.hidden, queries),
-            "self_attn.k_proj": (self.hidden, keys),
-            "self_attn.v_proj": (self.hidden, keys),
-            "self_attn.o_proj": (queries, self.hidden),
-            "mlp.gate_proj": (self.hidden, self.intermediate),
-            "mlp.up_proj": (self.hidden, self.intermediate),
-            "mlp.down_proj": (self.intermediate, self.hidden),
-        }
-
-    def body_parameters(self) -> int:
-        """Weights of all linear layers of the body, without embeddings, norms and adapters."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears().values())
-
-    def lora_parameters(self, rank: int = LORA_RANK) -> int:
-        """Weights of LoRA on all linear layers of the body."""
-        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linears().values())
-
-
 TINY = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=128, vocabulary=512)
-STANDARD = Shape()
-REAL_VOCABULARY = Shape(vocabulary=151_936, tied=True)
-QWEN3_8B = Shape(4096, 36, 32, 8, 128, 12_288, 151_936)
+STANDARD = Shape(512, 8, 8, 4, 64, 1536, 16_384)
+"""The 30-million-parameter model of the benchmarks (34 with the scalar head)."""
+REAL_VOCABULARY = replace(STANDARD, vocabulary=151_936, tied=True)
+QWEN3_8B = QWEN3["Qwen/Qwen3-8B"]
 
 
 def make_config(shape: Shape, *, labels: int | None = None) -> Qwen3Config:
@@ -147,47 +118,11 @@ def as_text(ids: Iterable[int]) -> str:
     return "".join(f"t{i} " for i in ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a pass has to compute: tokens that go through the body, and pairs of query and key that attention needs.
-
-    >>> Work.of_group(3, [2]) + Work.of_group(1, [1, 1])
-    Work(tokens=8, attended=20)
-    """
-
-    tokens: int = 0
-    attended: int = 0
-
-    @classmethod
-    def of_group(cls, prompt: int, continuations: Sequence[int]) -> "Work":
-        """A prompt, computed once, and continuations that each see it and themselves."""
-        attended = _triangle(prompt) + sum(prompt * length + _triangle(length) for length in continuations)
-        return cls(prompt + sum(continuations), attended)
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.tokens + other.tokens, self.attended + other.attended)
-
-
-def _triangle(length: int) -> int:
-    return length * (length + 1) // 2
-
-
-def forward_flops(shape: Shape, work: Work) -> int:
+def forward_flops(shape: Shape, work: Work) -> float:
     """Multiplications and additions of the body with LoRA: linear layers, adapters, scores and mixing of values."""
-    linear = 2 * (shape.body_parameters() + shape.lora_parameters())
-    return linear * work.tokens + _attention_flops(shape, work)
+    return shapes.forward_flops(shape, work, shape.lora_parameters(LORA_RANK))
 
 
-def backward_flops(shape: Shape, work: Work) -> int:
+def backward_flops(shape: Shape, work: Work) -> float:
     """Backward of a frozen body: gradients of its inputs, gradients of inputs and weights of LoRA, and of attention."""
-    linear = 2 * (shape.body_parameters() + 2 * shape.lora_parameters())
-    return linear * work.tokens + 2 * _attention_flops(shape, work)
-
-
-def head_flops(shape: Shape, tokens: int) -> int:
-    """The vocabulary head on so many tokens; the gradient of its input, with a frozen head, costs the same again."""
-    return 2 * shape.hidden * shape.vocabulary * tokens
-
-
-def _attention_flops(shape: Shape, work: Work) -> int:
-    return 4 * shape.layers * shape.heads * shape.head_dim * work.attended
+    return shapes.backward_flops(shape, work, shape.lora_parameters(LORA_RANK))

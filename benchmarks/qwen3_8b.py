@@ -162,7 +162,9 @@ def trl_bytes(shape: Any, step: str) -> int:
         weights, tokens = body, 2 * (PAIR["prompt"] + max(PAIR["chosen"], PAIR["rejected"]))
     else:
         weights, tokens = body + head + body, K * (PROMPT + COMPLETION)
-    return 2 * weights + 16 * shape.lora_parameters() + 2 * shape.layers * tokens * shape.hidden
+    from benchmarks.models import LORA_RANK
+
+    return 2 * weights + 16 * shape.lora_parameters(LORA_RANK) + 2 * shape.layers * tokens * shape.hidden
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ COMMANDS = {
     "rloo": "train a policy against a reward model (rloo_helpsteer_training.py)",
     "demo": "the whole pipeline offline, in a small world with a known gold quality",
     "evaluate": "a reward model, or scores from elsewhere, on JudgeBench, RM-Bench, RewardBench 2 or your own pairs",
+    "plan": "what a run will need in memory and time, and the largest settings that fit",
     "score": "the responses of a file, by a reward model",
     "chat": "with a trained policy, beside the untrained one, each answer scored",
     "best-of": "the best of N answers to each prompt of a file, by a reward model",
@@ -148,6 +149,14 @@ def evaluate(argv: list[str] | None = None) -> None:
     guarded(lambda: _in_view(lambda: run_evaluate(settings)))
 
 
+def plan(argv: list[str] | None = None) -> None:
+    """`helpsteer-rloo plan`."""
+    from helpsteer_rloo.plan_command import parse_plan, run_plan
+
+    settings = parse_plan(argv)
+    guarded(lambda: run_plan(settings))
+
+
 def score(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo score`."""
     from helpsteer_rloo.score_command import parse_score, run_score
@@ -202,6 +211,7 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
     "rloo": train_policy,
     "demo": run_demo,
     "evaluate": evaluate,
+    "plan": plan,
     "score": score,
     "chat": chat,
     "best-of": best_of,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from helpsteer_rloo.flags import Flag, FlagValue, own_flags, trl_flags, unknown_name
-from helpsteer_rloo.knobs import DEFAULT_MODEL, PipelineKnobs, RewardKnobs, RLOOKnobs
+from helpsteer_rloo.knobs import DEFAULT_MODEL, PipelineKnobs, PlanKnobs, RewardKnobs, RLOOKnobs
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -187,6 +187,16 @@ PIPELINE = CommandSpec(
     ),
     knobs=PipelineKnobs,
     refused={"demo": "the file describes the demo; run it with helpsteer-rloo demo --config FILE."},
+)
+
+PLAN = CommandSpec(
+    program="helpsteer-rloo plan",
+    description=(
+        "What a run will need in memory and time, stage by stage, before anything is downloaded.\n\n"
+        "Takes the flags of train_pipeline.py, those of single stages as --reward.FLAG and --rloo.FLAG among them."
+    ),
+    knobs=PlanKnobs,
+    refused=PIPELINE.refused,
 )
 
 SECTIONS: dict[Literal["reward", "rloo"], CommandSpec[Any]] = {"reward": REWARD, "rloo": RLOO}

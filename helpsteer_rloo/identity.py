@@ -17,7 +17,7 @@ _WITHOUT_EFFECT = (
     "sample_predictions", "local_rollout_forward_batch_size",
     "logging_", "log_", "report_to", "run_name", "per_device_eval_batch_size", "disable_tqdm", "progress", "hub_",
     "push_to_hub", "dataloader_num_workers", "dataloader_p", "project", "trackio_", "num_completions_to_print",
-    "max_bad_steps", "use_cpu", "ddp_", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_bad_steps", "use_cpu", "force", "ddp_", "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 """Flags, or beginnings of flags, that leave the result as it is; changing them makes no stage run again."""
 _OF_THE_BEST = ("save_", "eval_")

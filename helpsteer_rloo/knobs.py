@@ -11,6 +11,7 @@ DEFAULT_POLICY_DIR = "models/rloo_helpsteer3"
 LOSSES = ("bt", "margin", "scaled")
 ACTIONS = ("rollback", "stop", "warn")
 PROGRESS = ("auto", "rich", "plain", "json", "quiet")
+SHARDINGS = ("ddp", "fsdp", "zero2", "zero3")
 
 
 def _knob(default: Any, help_text: str) -> Any:
@@ -87,6 +88,7 @@ class EngineKnobs(DataKnobs):
     progress_seconds: float | None = _knob(
         None, "Least seconds between two plain lines, or two json events, about a task's steps (default: 10, json 1)."
     )
+    force: bool = _knob(False, "Start even if the plan says that the run cannot fit into memory (helpsteer-rloo plan).")
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
@@ -296,6 +298,42 @@ class PipelineKnobs(EngineKnobs):
         _require(_stays_inside(self.name), "name", self.name, "a name without .. for a directory inside of runs")
         for name in ("output_dir", "reward_model_dir", "policy_dir", "guard_dir"):
             _require_directory(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanKnobs(PipelineKnobs):
+    """What the plan takes besides the pipeline's own flags, which it plans for."""
+
+    gpu_memory_gb: float | None = _knob(
+        None, "Memory of a GPU, in GiB (default: that of gpu_name; without either, what is free on this machine)."
+    )
+    gpus: int = _knob(1, "GPUs, one process each.")
+    sharding: str = _knob(
+        "ddp",
+        "What they share: 'ddp' nothing, 'fsdp' weights, gradients and optimizer; 'zero2' and 'zero3' are DeepSpeed's.",
+    )
+    gpu_name: str | None = _knob(None, "GPU of a small table, for memory and rates: a100, h100, l40s, rtx4090, …")
+    tflops: float | None = _knob(None, "TFLOP/s that a GPU reaches on this work, of any type.")
+    bandwidth_gbs: float | None = _knob(None, "GB/s that it reaches reading memory, for sampling; needed with tflops.")
+    measure: bool = _knob(False, "Measure the rates of this machine.")
+    data_json: str | None = _knob(None, "data.json of a run, for the lengths (default: HelpSteer3's published ones).")
+    json: bool = _knob(False, "Print one JSON document instead of tables.")
+
+    def __post_init__(self) -> None:
+        """Check values that no type can check."""
+        super().__post_init__()
+        for name in ("gpu_memory_gb", "tflops", "bandwidth_gbs"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, name, value, "more than 0, and finite")
+        _require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
+        _require(self.sharding in SHARDINGS, "sharding", self.sharding, ", ".join(SHARDINGS))
+        _require(self.gpus > 1 or self.sharding == "ddp", "sharding", self.sharding, "more than one of --gpus with it")
+        given = [name for name in ("gpu_name", "tflops", "measure") if getattr(self, name)]
+        if self.tflops is not None and self.measure:
+            raise ValueError("--tflops and --measure exclude each other; give one of them or neither.")
+        _require(
+            self.bandwidth_gbs is None or "tflops" in given, "bandwidth_gbs", self.bandwidth_gbs, "--tflops beside it"
+        )
 
 
 def check_estimators(given: Any, kl_coef: float) -> None:

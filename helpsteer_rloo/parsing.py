@@ -61,9 +61,12 @@ def named_positions(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     return [*named, *argv[len(named) :]]
 
 
-def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.program) -> PipelineSettings:
-    """Read the pipeline's command line and --config file; mistakes end the program with status 2."""
-    parser = _parser(dataclasses.replace(PIPELINE, program=program))
+def parse_pipeline(argv: Sequence[str] | None = None, main: CommandSpec[Any] = PIPELINE) -> PipelineSettings:
+    """Read the pipeline's command line and --config file; mistakes end the program with status 2.
+
+    `main` is the pipeline, or a command that takes its flags and more.
+    """
+    parser, program = _parser(main), main.program
     main_argv, section_argv = _split_sections(sys.argv[1:] if argv is None else argv)
     given = parser.parse_given(main_argv)
     sections = {
@@ -72,7 +75,7 @@ def parse_pipeline(argv: Sequence[str] | None = None, program: str = PIPELINE.pr
     }
     try:
         content, source = _read_config(given)
-        settings = pipeline_settings(content, given, sections, source)
+        settings = pipeline_settings(content, given, sections, source, main)
         check_pipeline(settings)
         return settings
     except ValueError as error:
@@ -84,6 +87,7 @@ def pipeline_settings(
     given: Mapping[str, FlagValue],
     sections: Mapping[str, Mapping[str, FlagValue]] | None = None,
     source: str = "configuration",
+    command: CommandSpec[Any] = PIPELINE,
 ) -> PipelineSettings:
     """Settings of a run from a file's `content`, the main flags `given`, and the flags given for single `sections`.
 
@@ -94,17 +98,17 @@ def pipeline_settings(
         ValueError: as `CommandSpec.resolve`.
     """
     main = {key: value for key, value in content.items() if key not in SECTIONS}
-    PIPELINE.resolve(main, source=source)
-    own = PIPELINE.resolve(main, given, source="command line").own
+    command.resolve(main, source=source)
+    own: PipelineKnobs = command.resolve(main, given, source="command line").own
     stages: dict[str, Settings[Any]] = {}
-    for name, command in SECTIONS.items():
+    for name, of_section in SECTIONS.items():
         section, of_stage = content.get(name) or {}, (sections or {}).get(name, {})
         if not isinstance(section, Mapping):
             raise ValueError(f"{source}: {name}: expected a mapping from flag names to values.")
         _refuse_handed_down(name, [*section, *of_stage])
         with flags_named_of(name):
-            command.resolve(section, source=f"{source}: {name}")
-            stages[name] = command.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
+            of_section.resolve(section, source=f"{source}: {name}")
+            stages[name] = of_section.resolve(_stage_settings(own, given, section, name), of_stage, source=f"--{name}")
     settings = _with_ensemble(PipelineSettings(own, stages["reward"], stages["rloo"]))
     return _with_guard(settings) if own.guard else settings
 

@@ -12,6 +12,7 @@ from helpsteer_rloo.checks import prompt_room
 from helpsteer_rloo.config import PipelineSettings, Settings, ensemble, flags_named_of
 from helpsteer_rloo.console import conclude, results_table, say, warn
 from helpsteer_rloo.events import RunFinished, RunPlanned, publish
+from helpsteer_rloo.fitting import refuse_what_cannot_fit
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.identity import reward_model_identity
 from helpsteer_rloo.knobs import DEFAULT_MODEL, DataKnobs, RewardKnobs, RLOOKnobs
@@ -44,10 +45,11 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     made = [member.own.output_dir for member in ensemble(settings)]
     for directory in made:
         refuse_foreign(Path(directory))
+    _check_fit(settings, "reward")
     with reported(run), _only_process(run, *made):
         _record_start(run, {"reward": settings.describe()})
         stages = [data_stage(run, context), *_reward_stages(run, settings, context)]
-        _plan(run, [stage.name for stage in stages])
+        _announce(run, [stage.name for stage in stages])
         outputs = run_stages(run, stages, say)
     heldout = outputs["verification"]
     low, high = heldout["interval"]
@@ -73,19 +75,37 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
+    _check_fit(settings, "rloo")
     with reported(run), _only_process(run, settings.own.output_dir):
         _record_start(run, {"rloo": settings.describe()})
         stages = [data_stage(run, context), rloo_stage(settings, context)]
-        _plan(run, [stage.name for stage in stages])
+        _announce(run, [stage.name for stage in stages])
         outputs = run_stages(run, stages, say)
     conclude(f"The policy is in {settings.own.output_dir}.")
     publish(RunFinished({"rloo": outputs["rloo"]}))
 
 
-def _plan(run: RunDir, names: Sequence[str]) -> None:
+def _announce(run: RunDir, names: Sequence[str]) -> None:
     """Tell which stages there are, and what they took where they have been run before."""
     if is_main_process():
         publish(RunPlanned(tuple(names), seconds_by_stage(run, names)))
+
+
+def _check_fit(settings: Settings[Any], stage: str) -> None:
+    """Refuse a training of one stage that cannot fit into memory.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from helpsteer_rloo.planning.request import request_of_reward, request_of_rloo
+
+    request_of = request_of_reward if stage == "reward" else request_of_rloo
+    refuse_what_cannot_fit(
+        lambda rig: request_of(settings, rig),
+        use_cpu=bool(settings.trl.get("use_cpu")),
+        force=settings.own.force,
+        prefix=stage,
+    )
 
 
 def _record_beside(output_dir: str) -> RunDir:
@@ -201,8 +221,9 @@ def _run_all(
     gold: Callable[[str, str, bool], float] | None,
 ) -> None:
     own = settings.own
-    _plan(run, [*(stage.name for stage in before), *stage_names(settings)])
+    _announce(run, [*(stage.name for stage in before), *stage_names(settings)])
     run_stages(run, before, say)
+    _check_fit_of_all(settings)
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
     if not own.rloo_only:
@@ -239,6 +260,21 @@ def stage_names(settings: PipelineSettings) -> list[str]:
     if settings.guard:
         names += ["guard", verification_name("guard")]
     return names if own.reward_model_only else [*names, "rloo", "evaluation"]
+
+
+def _check_fit_of_all(settings: PipelineSettings) -> None:
+    """Refuse a run of which a stage cannot fit into memory.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from helpsteer_rloo.planning.request import request_of_pipeline
+
+    refuse_what_cannot_fit(
+        lambda rig: request_of_pipeline(settings, rig),
+        use_cpu=bool(settings.reward.trl.get("use_cpu") or settings.rloo.trl.get("use_cpu")),
+        force=settings.own.force,
+    )
 
 
 def _refuse_weak_reward_model(settings: PipelineSettings) -> None:

@@ -13,6 +13,13 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_sharding() -> str:
+    """How the launcher was asked to share a model out over processes: ddp (not at all), fsdp, zero2 or zero3."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
+    return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") else "ddp"
+
+
 def launched_precision() -> str:
     """The mixed precision that the launcher was asked for; "no" if none, as in this project's configurations."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -764,6 +764,7 @@ HELPS = [
     (f"{CLI} demo --help", "--seed"),
     (f"{CLI} evaluate --help", "--benchmark_path"),
     (f"{CLI} data --help", "--skip_bad_rows"),
+    (f"{CLI} plan --help", "--gpu_memory_gb"),
     (f"{CLI} score --help", "--output"),
     (f"{CLI} chat --help", "--guard_dir"),
     (f"{CLI} best-of --help", "--keep_all"),

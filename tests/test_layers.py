@@ -41,10 +41,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             "reward_record",
             "objectives",
             "statistics",
+            "sizes",
             "weights",
         }
     ),
-    frozenset({"data", "rendering", "packing"}),
+    frozenset({"data", "rendering", "packing", "planning"}),
     frozenset({"model"}),
     frozenset({"training", "evaluation", "serving", "report"}),
     frozenset(
@@ -71,6 +72,9 @@ LAYERS: tuple[frozenset[str], ...] = (
             "chat_session",
             "report_command",
             "reporting",
+            "plan_command",
+            "plan_tables",
+            "fitting",
         }
     ),
 )
@@ -106,6 +110,18 @@ LIGHT = frozenset(
         "chat_command",
         "report_command",
         "reporting",
+        "plan_command",
+        "plan_tables",
+        "fitting",
+        "planning.shapes",
+        "planning.memory",
+        "planning.request",
+        "planning.needs",
+        "planning.lengths",
+        "planning.time",
+        "planning.search",
+        "planning.machine",
+        "planning.verdict",
     }
 )
 HEAVY = frozenset({"torch", "transformers", "trl", "peft", "datasets", "accelerate", "altair", "vl_convert"})

@@ -19,14 +19,11 @@ from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy, load
 from helpsteer_rloo.model.memory import release
 from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample
+from helpsteer_rloo.sizes import PASS_TOKENS
 from helpsteer_rloo.statistics import Estimate, mean
 
 Gold = Callable[[str, str, bool], float]
 """The true quality of an answer, where a world knows it: last user turn, answer, whether it ended -> [0, 1]."""
-
-
-PASS_TOKENS = 4096
-"""Tokens in one forward pass that computes log-probabilities."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import shared_prefix_attention
 from helpsteer_rloo.packing import PackedRow, Span, cheapest_runs, pack
+from helpsteer_rloo.sizes import ROW_TOKENS
 
-ROW_TOKENS = 2048
-"""Tokens of prompts that are read in one pass (a longer prompt alone); larger buffers only cost page faults."""
 BLOCK_COST = 2048
 """What computing some prompts apart from others costs in each step, in tokens of padding."""
 FIRST_TOKENS = 128

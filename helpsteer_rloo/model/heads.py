@@ -11,9 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpsteer_rloo.model.products import product
 from helpsteer_rloo.model.sharding import stock_type
-
-CHUNK = 256
-"""Tokens whose logits exist at one time."""
+from helpsteer_rloo.sizes import CHUNK
 
 
 @dataclass(frozen=True, slots=True)

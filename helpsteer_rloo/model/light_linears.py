@@ -19,9 +19,7 @@ from torch.nn.functional import linear
 
 from helpsteer_rloo.model.fused_linears import FusedLinear, FusedLora
 from helpsteer_rloo.model.products import gains_by_layout, laid_out, onednn_product, product
-
-MOST_COPIED_BYTES = 2 * 2**30
-"""Weights are copied if all of them together are no more than this; a part would cost memory and gain little."""
+from helpsteer_rloo.sizes import MOST_COPIED_BYTES
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers in one module that are given the same input."""

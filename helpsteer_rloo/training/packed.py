@@ -9,11 +9,9 @@ from peft import PeftModel
 from transformers import Trainer
 
 from helpsteer_rloo.model.forward import base_model, prepare_packed
+from helpsteer_rloo.sizes import DEFAULT_TOKENS, DEFAULT_TOKENS_CPU
 from helpsteer_rloo.training.sharding import refuse_lone_loading
 
-DEFAULT_TOKENS = 4096
-DEFAULT_TOKENS_CPU = 1024
-"""Tokens in a row, unless it is said: what keeps the hardware busy; more only costs memory."""
 Unit = TypeVar("Unit")
 
 

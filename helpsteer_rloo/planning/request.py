@@ -1,0 +1,365 @@
+"""What is planned: the stages of a run with the sizes that memory and time depend on, taken from its settings."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpsteer_rloo.checks import prompt_room
+from helpsteer_rloo.config import PipelineSettings, Settings, ensemble
+from helpsteer_rloo.knobs import RewardKnobs, RLOOKnobs
+from helpsteer_rloo.planning.memory import FLOAT32, Adapter
+from helpsteer_rloo.planning.shapes import Shape, shape_of
+from helpsteer_rloo.reward_record import read_reward_record
+from helpsteer_rloo.run_dir import read_json
+from helpsteer_rloo.sizes import DEFAULT_TOKENS, DEFAULT_TOKENS_CPU
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adafactor": 0, "sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1}
+"""Numbers that an optimizer keeps for a weight, each of the weight's type; of others, Adam's two are counted."""
+_8BIT = 2
+"""Bytes a weight of Adam's two states in 8 bits; the names of such optimizers end so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """What a run is on: a CPU or GPUs, how many processes, and how they share a model.
+
+    `ddp` shares nothing, `zero2` gradients and optimizer, `fsdp` and `zero3` weights too.
+    """
+
+    cpu: bool = False
+    processes: int = 1
+    sharding: str = "ddp"
+
+    @property
+    def weights_over(self) -> int:
+        """Processes that the weights are shared out over."""
+        return self.processes if self.sharding in ("fsdp", "zero3") else 1
+
+    @property
+    def states_over(self) -> int:
+        """Processes that gradients and optimizer are shared out over."""
+        return self.processes if self.sharding != "ddp" else 1
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether TRL's own passes run, which DeepSpeed needs."""
+        return self.sharding.startswith("zero")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A model as its training holds it.
+
+    Attributes:
+        name: Of the model that training starts from.
+        shape: Its dimensions.
+        weights: Bytes of a weight.
+        compute: Bytes of a number in its linear layers.
+        adapter: LoRA, which then is all that is trained.
+        checkpointing: Whether layers are computed again in the backward pass.
+        states: Bytes of the optimizer for a trained weight.
+        packed: Whether passes are the engine's own; TRL's need more than is planned here.
+    """
+
+    name: str
+    shape: Shape
+    weights: int
+    compute: int
+    adapter: Adapter | None
+    checkpointing: bool
+    states: int
+    packed: bool
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of a trained weight; adapters are always held in float32."""
+        return self.weights if self.adapter is None else FLOAT32
+
+
+@dataclass(frozen=True, slots=True)
+class RewardStage:
+    """Training of a reward model and its verification.
+
+    `pairs` is what a process takes in an optimizer step, `batch` in a pass of TRL's; `scored_at_once` are responses.
+    """
+
+    name: str
+    trained: Trained
+    max_length: int
+    batch: int
+    pairs: int
+    packed_tokens: int
+    scored_at_once: int
+    epochs: float
+    pairs_of_all: int
+    """Of an optimizer step, on all processes."""
+    half: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A reward model as RLOO and the judgement use it; `shared` if it stands on the policy's own base."""
+
+    shape: Shape
+    weights: int
+    adapter: Adapter | None
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RLOOStage:
+    """Training of the policy. Lengths are the longest that can occur; counts are of one process.
+
+    Attributes:
+        trained: The policy.
+        judges: Reward model, further ones of an ensemble, guard.
+        reference: Whether KL is used.
+        prompt: Tokens of a prompt.
+        response: Tokens of a completion.
+        k: Completions of a prompt that are computed together.
+        batch: Completions in one of TRL's passes.
+        completions: In an optimizer step.
+        rollouts: In a batch of rollouts.
+        at_once: Completions sampled or scored at once.
+        packed_tokens: Budget of a row.
+        watched: Whether single completions are scored as well.
+        steps: Optimizer steps in all.
+        epochs: How often a completion is trained on.
+        group: Completions of a prompt, whoever computes them.
+        vllm: Whether vLLM samples.
+    """
+
+    trained: Trained
+    judges: tuple[Judge, ...]
+    reference: bool
+    prompt: int
+    response: int
+    k: int
+    batch: int
+    completions: int
+    rollouts: int
+    at_once: int
+    packed_tokens: int
+    watched: bool
+    steps: int
+    epochs: int
+    group: int
+    vllm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationStage:
+    """Judgement of the policy: the two policies and the reward models, one in memory at a time, on the main process."""
+
+    policy: Trained
+    judges: tuple[Judge, ...]
+    prompts: int
+    prompt: int
+    response: int
+    at_once: int
+    best_of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """All stages of a run, in their order."""
+
+    rig: Rig
+    rewards: tuple[RewardStage, ...] = ()
+    rloo: RLOOStage | None = None
+    evaluation: EvaluationStage | None = None
+
+
+# ---- from settings --------------------------------------------------------------------------------------------------
+
+
+def request_of_pipeline(settings: PipelineSettings, rig: Rig) -> Request:
+    """What a pipeline will run.
+
+    Raises:
+        ValueError: something of it cannot be planned; or the settings contradict each other.
+    """
+    own, rewards = settings.own, []
+    if not own.rloo_only:
+        rewards = list(_reward_stages(settings.reward, rig))
+    if settings.guard is not None:
+        rewards.append(dataclasses.replace(_reward_stage(settings.guard, rig, 1), name="guard"))
+    if own.reward_model_only:
+        return Request(rig, tuple(rewards))
+    judges = _recorded_judges(settings.rloo, rig, rewards) if own.rloo_only else _own_judges(settings, rig, rewards)
+    longest = _trained_on(settings.rloo) if own.rloo_only else settings.reward.own.max_length
+    rloo = _rloo_stage(settings.rloo, rig, judges, longest)
+    evaluation = EvaluationStage(
+        policy=rloo.trained,
+        judges=tuple(dataclasses.replace(judge, shared=False) for judge in judges),
+        prompts=own.evaluation_prompts,
+        prompt=rloo.prompt,
+        response=rloo.response,
+        at_once=own.evaluation_batch_size,
+        best_of=own.best_of,
+    )
+    return Request(rig, tuple(rewards), rloo, evaluation)
+
+
+def request_of_reward(settings: Settings[RewardKnobs], rig: Rig) -> Request:
+    """What `reward_model_training.py` will run.
+
+    Raises:
+        ValueError: as `request_of_pipeline`.
+    """
+    return Request(rig, _reward_stages(settings, rig))
+
+
+def request_of_rloo(settings: Settings[RLOOKnobs], rig: Rig) -> Request:
+    """What `rloo_helpsteer_training.py` will run, against a reward model that is there.
+
+    Raises:
+        ValueError: as `request_of_pipeline`.
+    """
+    judges = _recorded_judges(settings, rig, [])
+    return Request(rig, rloo=_rloo_stage(settings, rig, judges, _trained_on(settings)))
+
+
+def _trained(settings: Settings[Any], rig: Rig) -> Trained:
+    trl, name = settings.trl, str(settings.trl["model_name_or_path"])
+    for flag in ("load_in_4bit", "load_in_8bit"):
+        if trl.get(flag):
+            raise ValueError(f"A base in 4 or 8 bits is not planned (--{flag}).")
+    use_peft = bool(trl.get("use_peft"))
+    weights = weight_bytes(use_peft, trl.get("dtype"), cpu=rig.cpu)
+    adapter = Adapter(int(trl.get("lora_r") or 16), _targets(trl)) if use_peft else None
+    half = trl.get("fp16") or trl.get("bf16", not rig.cpu)
+    return Trained(
+        name=name,
+        shape=shape_of(name, trl.get("model_revision")),
+        weights=weights,
+        compute=min(weights, 2) if half else weights,
+        adapter=adapter,
+        checkpointing=bool(trl.get("gradient_checkpointing", True)),
+        states=_states(str(trl.get("optim", "adamw_torch_fused")), FLOAT32 if adapter else weights),
+        packed=settings.own.engine == "packed" and not rig.deepspeed,
+    )
+
+
+def weight_bytes(use_peft: bool, asked: Any, *, cpu: bool) -> int:
+    """Bytes of a weight: of the type that was asked for, else a frozen base in bfloat16 on a GPU, the rest in float32.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if asked in (None, "auto"):
+        return 2 if use_peft and not cpu else 4
+    name = str(asked).removeprefix("torch.")
+    if name not in BYTES:
+        raise ValueError(f"--dtype is {asked!r}; expected float32, bfloat16 or float16.")
+    return BYTES[name]
+
+
+def _targets(trl: Mapping[str, Any]) -> tuple[str, ...] | None:
+    given = trl.get("lora_target_modules")
+    names = [given] if isinstance(given, str) else list(given or [])
+    return None if not names or "all-linear" in names else tuple(map(str, names))
+
+
+def _states(optimizer: str, width: int) -> int:
+    return _8BIT if optimizer.endswith("8bit") else width * _STATES.get(optimizer, 2)
+
+
+def _packed_tokens(settings: Settings[Any], rig: Rig) -> int:
+    return settings.own.packed_tokens or (DEFAULT_TOKENS_CPU if rig.cpu else DEFAULT_TOKENS)
+
+
+def _reward_stages(settings: Settings[RewardKnobs], rig: Rig) -> tuple[RewardStage, ...]:
+    return tuple(_reward_stage(member, rig, number) for number, member in enumerate(ensemble(settings), 1))
+
+
+def _reward_stage(settings: Settings[RewardKnobs], rig: Rig, number: int) -> RewardStage:
+    trl = settings.trl
+    batch = int(trl["per_device_train_batch_size"])
+    pairs = batch * int(trl["gradient_accumulation_steps"])
+    return RewardStage(
+        name="reward model" if number == 1 else f"reward model {number}",
+        trained=_trained(settings, rig),
+        max_length=settings.own.max_length,
+        batch=batch,
+        pairs=pairs,
+        packed_tokens=_packed_tokens(settings, rig),
+        scored_at_once=int(trl.get("per_device_eval_batch_size", 8)),
+        epochs=float(trl["num_train_epochs"]),
+        pairs_of_all=pairs * rig.processes,
+        half=settings.own.half != "all",
+    )
+
+
+def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: tuple[Judge, ...], longest: int) -> RLOOStage:
+    own, trl = settings.own, settings.trl
+    batch, accumulation = int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"])
+    completions = batch * accumulation
+    rollouts = completions * own.num_mini_batches
+    return RLOOStage(
+        trained=_trained(settings, rig),
+        judges=judges,
+        reference=own.kl_coef > 0,
+        prompt=prompt_room(longest, own.response_length),
+        response=own.response_length,
+        k=min(own.rloo_k, completions),
+        batch=batch,
+        completions=completions,
+        rollouts=rollouts,
+        at_once=min(max(own.rloo_k, own.local_rollout_forward_batch_size), rollouts),
+        packed_tokens=_packed_tokens(settings, rig),
+        watched=own.watched,
+        steps=own.optimizer_steps(batch, accumulation, rig.processes),
+        epochs=own.num_ppo_epochs,
+        group=own.rloo_k,
+        vllm=bool(trl.get("use_vllm")),
+    )
+
+
+def _own_judges(settings: PipelineSettings, rig: Rig, rewards: list[RewardStage]) -> tuple[Judge, ...]:
+    """The reward models that the run trains itself."""
+    policy = _trained(settings.rloo, rig)
+
+    def judge(stage: RewardStage) -> Judge:
+        model = stage.trained
+        shared = bool(
+            policy.packed
+            and policy.adapter
+            and model.adapter
+            and (policy.name, policy.weights) == (model.name, model.weights)
+        )
+        return Judge(model.shape, model.weights, model.adapter, shared)
+
+    return tuple(map(judge, rewards))
+
+
+def _recorded_judges(settings: Settings[RLOOKnobs], rig: Rig, guards: list[RewardStage]) -> tuple[Judge, ...]:
+    """The reward models that a run is given."""
+    own, policy = settings.own, _trained(settings, rig)
+    given = [own.reward_model_path, *own.ensemble_members]
+    given += [own.guard_reward_model] if own.guard_reward_model and not guards else []
+    return tuple(_recorded(directory, policy) for directory in given)
+
+
+def _recorded(directory: str, policy: Trained) -> Judge:
+    record = read_reward_record(directory)
+    base = record["base"]
+    if base.get("quantization"):
+        raise ValueError(f"{directory}: a reward model on a base in 4 or 8 bits is not planned.")
+    weights, adapter = BYTES[base.get("dtype", "float32")], None
+    if record["adapter"]:
+        config = read_json(Path(directory) / "adapter_config.json") or {}
+        names = config.get("target_modules")
+        adapter = Adapter(int(config.get("r") or 16), tuple(names) if isinstance(names, list) else None)
+    name = base["name"] if adapter else directory
+    same = Path(name).resolve() == Path(policy.name).resolve()  # an adapter records its base's absolute path
+    shared = bool(policy.packed and policy.adapter and adapter and same and weights == policy.weights)
+    return Judge(shape_of(name, base.get("revision")), weights, adapter, shared)
+
+
+def _trained_on(settings: Settings[RLOOKnobs]) -> int:
+    """The longest sequence that the reward model was trained on."""
+    return int(read_reward_record(settings.own.reward_model_path)["rendering"]["max_length"])

@@ -1,0 +1,201 @@
+"""Operations and seconds of every stage, from lengths, dimensions and the rate of the hardware.
+
+Counted are products: linear layers, attention, the vocabulary head. What else a step does (norms, the optimizer, the
+loop) is in the utilisation that the rate is multiplied with. Sampling reads all weights and caches for every token, and
+takes the longer of reading and computing. Completions are counted at full length, so that sampling and the passes over
+them are at the upper end.
+"""
+
+from dataclasses import dataclass
+
+from helpsteer_rloo.planning.lengths import Corpus
+from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, RLOOStage, Trained
+from helpsteer_rloo.planning.shapes import Shape, Work, backward_flops, forward_flops, head_flops
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What the hardware reaches, on each process, and where that is known from.
+
+    Attributes:
+        half: Operations a second on half precision.
+        single: Operations a second on float32.
+        reading: Bytes a second from memory.
+        source: In words.
+    """
+
+    half: float
+    single: float
+    reading: float
+    source: str
+
+    def of(self, width: int) -> float:
+        """Operations a second on numbers of so many bytes."""
+        return self.half if width < 4 else self.single
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as its maker describes it: dense bf16 and float32 in TFLOP/s, memory in GiB and in GB/s."""
+
+    half: float
+    single: float
+    memory: float
+    bandwidth: float
+
+
+GPUS = {
+    "a100": Gpu(312, 19.5, 80, 2039),
+    "a100-40gb": Gpu(312, 19.5, 40, 1555),
+    "h100": Gpu(989, 67, 80, 3350),
+    "h200": Gpu(989, 67, 141, 4800),
+    "l4": Gpu(121, 30.3, 24, 300),
+    "l40s": Gpu(362, 91.6, 48, 864),
+    "rtx3090": Gpu(71, 35.6, 24, 936),
+    "rtx4090": Gpu(165, 82.6, 24, 1008),
+}
+"""SXM versions where there are two."""
+UTILISATION, READING = 0.4, 0.6
+"""Shares of the makers' figures that are assumed to be reached, of products and of memory."""
+
+
+def rate_of(name: str) -> Rate:
+    """What a GPU of the table is assumed to reach."""
+    gpu = GPUS[name]
+    source = f"{name}: {UTILISATION:.0%} of {gpu.half:g} TFLOP/s, {READING:.0%} of {gpu.bandwidth:g} GB/s (assumed)"
+    half, single = UTILISATION * gpu.half * TERA, UTILISATION * gpu.single * TERA
+    return Rate(half, single, READING * gpu.bandwidth * GIGA, source)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a stage: passes of one kind, over all processes.
+
+    `seconds` are those of the run, None without a rate; `tokens` go through the body, `steps` are of the optimizer.
+    """
+
+    stage: str
+    name: str
+    tokens: float
+    flops: float
+    seconds: float | None
+    steps: int = 0
+
+
+def parts_of(request: Request, corpus: Corpus, rate: Rate | None) -> list[Part]:
+    """Every part of every stage, in order."""
+    found = [part for stage in request.rewards for part in _reward(stage, request, corpus, rate)]
+    if request.rloo is not None:
+        found += _rloo(request.rloo, request, corpus, rate)
+    if request.evaluation is not None:
+        found += _evaluation(request.evaluation, corpus, rate)
+    return found
+
+
+def _adapter(trained: Trained | Judge) -> int:
+    return 0 if trained.adapter is None else trained.adapter.parameters(trained.shape)
+
+
+def step_flops(trained: Trained, work: Work, predicted: float) -> float:
+    """Forward, backward and what checkpointing computes again, of a training pass.
+
+    The vocabulary head: twice if it is frozen, value and gradient; four times if it is trained, since it is run again.
+    """
+    shape, adapter = trained.shape, _adapter(trained)
+    forward = forward_flops(shape, work, adapter)
+    head = (4 if trained.adapter is None else 2) * head_flops(shape, predicted)
+    return (2 if trained.checkpointing else 1) * forward + backward_flops(shape, work, adapter) + head
+
+
+def _reward(stage: RewardStage, request: Request, corpus: Corpus, rate: Rate | None) -> list[Part]:
+    trained, processes = stage.trained, request.rig.processes
+    pairs = corpus.pairs * (0.5 if stage.half else 1) * stage.epochs
+    work = corpus.work_a_pair * pairs
+    flops = step_flops(trained, work, 0)
+    steps = round(pairs / stage.pairs_of_all) or 1
+    held = corpus.work_a_pair * corpus.heldout_pairs
+    check = forward_flops(trained.shape, held, _adapter(trained))
+    return [
+        Part(stage.name, "training", work.tokens, flops, _seconds(flops, trained.compute, rate, processes), steps),
+        Part(stage.name, "verification", held.tokens, check, _seconds(check, trained.weights, rate, 1)),
+    ]
+
+
+def _seconds(flops: float, width: int, rate: Rate | None, processes: int) -> float | None:
+    return None if rate is None else flops / rate.of(width) / processes
+
+
+def _rloo(stage: RLOOStage, request: Request, corpus: Corpus, rate: Rate | None) -> list[Part]:
+    trained, processes, shape = stage.trained, request.rig.processes, stage.trained.shape
+    batches = -(-stage.steps * stage.completions // (stage.rollouts * stage.epochs))
+    completions = batches * stage.rollouts * processes
+    work = Work.of_group(round(corpus.prompt), [stage.response] * stage.k) * (completions / stage.k)
+    predicted = completions * stage.response
+    forward = forward_flops(shape, work, _adapter(trained))
+    drawing = _Drawing(shape, trained.weights, stage.at_once, round(corpus.prompt), stage.response)
+    parts = [drawing.part("RLOO", completions, completions / stage.k, rate, processes)]
+    for judge in stage.judges:
+        flops = forward_flops(judge.shape, work, _adapter(judge))
+        parts.append(Part("RLOO", "scores", work.tokens, flops, _seconds(flops, judge.weights, rate, processes)))
+    if stage.reference:
+        flops = forward + head_flops(shape, predicted)
+        parts.append(Part("RLOO", "reference", work.tokens, flops, _seconds(flops, trained.compute, rate, processes)))
+    flops = step_flops(trained, work, predicted) * stage.epochs
+    seconds = _seconds(flops, trained.compute, rate, processes)
+    return [*parts, Part("RLOO", "training", work.tokens * stage.epochs, flops, seconds, stage.steps)]
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Sampling of `rows` completions at a time on prompts of one length; weights of so many bytes."""
+
+    shape: Shape
+    weights: int
+    rows: int
+    prompt: int
+    response: int
+
+    def part(self, stage: str, completions: float, prompts: float, rate: Rate | None, processes: int) -> Part:
+        """Reading of each prompt, and then a pass over all weights for each token of `rows` completions."""
+        s = self.shape
+        reading = forward_flops(s, Work.of_group(self.prompt, []) * prompts)
+        tokens = completions * self.response
+        attended = tokens * (self.prompt + self.response / 2)
+        decoding = forward_flops(s, Work(tokens, attended)) + head_flops(s, tokens)
+        seconds = None
+        if rate is not None:
+            held = (s.body_parameters() + s.embedding_parameters()) * self.weights
+            cache = self.rows * (self.prompt + self.response / 2) * s.layers * 2 * s.keys * self.weights
+            read = (tokens / self.rows) * (held + cache) / rate.reading
+            computed = decoding / rate.of(self.weights)
+            seconds = (reading / rate.of(self.weights) + max(read, computed)) / processes
+        return Part(stage, "sampling", prompts * self.prompt + tokens, reading + decoding, seconds)
+
+
+def _evaluation(stage: EvaluationStage, corpus: Corpus, rate: Rate | None) -> list[Part]:
+    policy, prompt = stage.policy, round(corpus.prompt)
+    answers, each = stage.prompts * (2 + stage.best_of), stage.prompts
+    drawing = _Drawing(policy.shape, policy.weights, min(stage.at_once, each), prompt, stage.response)
+    alone = Work.of_group(prompt, [stage.response])
+    passes = 2 * forward_flops(policy.shape, alone * each, _adapter(policy))
+    passes += 2 * head_flops(policy.shape, each * stage.response)
+    scores = sum(forward_flops(judge.shape, alone * answers, _adapter(judge)) for judge in stage.judges)
+    return [
+        drawing.part("evaluation", answers, answers, rate, 1),
+        Part(
+            "evaluation",
+            "log-probabilities",
+            2 * alone.tokens * each,
+            passes,
+            _seconds(passes, policy.weights, rate, 1),
+        ),
+        Part(
+            "evaluation",
+            "scores",
+            alone.tokens * answers * len(stage.judges),
+            scores,
+            _seconds(scores, policy.weights, rate, 1),
+        ),
+    ]

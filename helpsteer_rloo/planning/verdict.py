@@ -1,0 +1,80 @@
+"""Whether a run fits, said in words: what needs most, of what that is made, and what fits instead."""
+
+from collections.abc import Sequence
+
+from helpsteer_rloo.planning.needs import Need
+from helpsteer_rloo.planning.search import Remedy
+
+TOLERANCE = 0.15
+"""How far a prediction may be off; what is over by more is refused."""
+GIB = 2**30
+_NAMED_ITEMS = 4
+
+
+def worst_of(needs: Sequence[Need]) -> Need:
+    """The stage that needs most."""
+    return max(needs, key=lambda need: need.worst.total)
+
+
+def cannot_fit(needs: Sequence[Need], limit: float) -> bool:
+    """Whether a stage is over a limit by more than a prediction may be off."""
+    return worst_of(needs).worst.total > (1 + TOLERANCE) * limit
+
+
+def may_not_fit(needs: Sequence[Need], limit: float) -> bool:
+    """Whether a stage is about at a limit."""
+    return worst_of(needs).worst.total > (1 - TOLERANCE) * limit
+
+
+def described(need: Need) -> str:
+    """The worst moment of a stage, and the largest things in it."""
+    phase = need.worst
+    largest = sorted(phase.items.items(), key=lambda item: -item[1])[:_NAMED_ITEMS]
+    items = ", ".join(f"{name} {gib(size)}" for name, size in largest)
+    return f"{need.stage} needs {gib(phase.total)} GiB ({phase.name}: {items})"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, in few digits.
+
+    >>> gib(25 * 2**30), gib(3 * 2**28)
+    ('25.0', '0.75')
+    """
+    value = size / GIB
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def flags_of(remedy: Remedy, prefix: str | None) -> str:
+    """The flags of a remedy as a command takes them.
+
+    Args:
+        remedy: What fits.
+        prefix: None in the pipeline; in a script of one stage the name of that stage, whose flags stand alone.
+    """
+    return " ".join(f"--{flag}" for name, value in remedy.flags for flag in _spelled(name, value, prefix))
+
+
+_OF_THE_LAUNCHER = ("gpus", "sharding")
+_OF_BOTH_STAGES = ("gradient_checkpointing",)
+
+
+def _spelled(name: str, value: str, prefix: str | None) -> list[str]:
+    if prefix is not None:
+        return [f"{name.removeprefix(f'{prefix}.')} {value}"]
+    if name in _OF_BOTH_STAGES:
+        return [f"reward.{name} {value}", f"rloo.{name} {value}"]
+    return [f"{name} {value}"]
+
+
+def advice(found: Sequence[Remedy], prefix: str | None) -> str:
+    """What fits instead, in one sentence each; what more GPUs would do is asked of the launcher."""
+    if not found:
+        return "No smaller setting that is known here fits: take a smaller model, or more memory."
+    lines = []
+    for remedy in found:
+        own = Remedy(tuple(flag for flag in remedy.flags if flag[0] not in _OF_THE_LAUNCHER), remedy.needs)
+        shared = dict(remedy.flags).get("gpus")
+        parts = [flags_of(own, prefix)] if own.flags else []
+        parts += [f"{shared} GPUs with FSDP2 (configs/accelerate/fsdp2.yaml)"] if shared else []
+        lines.append(f"  {' and '.join(parts)}: {gib(worst_of(remedy.needs).worst.total)} GiB")
+    return "\n".join(["This fits:", *lines])
