@@ -136,6 +136,32 @@ def test_hostile_texts_are_text_and_nothing_else(hostile):
     assert any("</script>" in text for text in parsed.texts["text"])  # the domain, in a chart
 
 
+def luminance(colour):
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(first, second):
+    """WCAG 2.2, relative luminance and contrast ratio."""
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_of_charts_can_be_told_from_the_page_in_both_themes(page):
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r"\{([^{}]*--page[^{}]*)\}", style)
+    ]
+    assert len(themes) == 3
+    assert themes[1] == themes[2] != themes[0]
+    for theme in themes:
+        for name in ("ink", "muted", "accent"):
+            assert min(contrast(theme[name], theme[back]) for back in ("page", "panel")) >= 4.5, name
+        for number in range(1, charts.SERIES + 1):
+            assert contrast(theme[f"series-{number}"], theme["page"]) >= 3, number
+
+
 def test_json_for_a_script_comes_back_as_it_was():
     value = {"texts": HOSTILE, "number": 1.5}
     assert json.loads(embedded(value)) == value
