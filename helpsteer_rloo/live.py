@@ -77,25 +77,30 @@ def _in_a_block() -> Generator[None]:
             state.take(event, time.monotonic())
 
     live = Live(get_renderable=draw, console=console, refresh_per_second=REFRESHES, transient=True)
-    with speaking_to(console), subscribed(take), live, _cursor_given_back(live):
+    with _ended_by_sigterm(), speaking_to(console), subscribed(take), live:
         yield
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
 @contextmanager
-def _cursor_given_back(live: Live) -> Generator[None]:
-    """Within, SIGTERM ends the process as ever, but not before the terminal is as it was."""
+def _ended_by_sigterm() -> Generator[None]:
+    """Within, SIGTERM ends the process as ever, but not before what is inside has put the terminal in order."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        live.stop()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
 
     signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,11 +1,13 @@
 """What is known of a run from its events, and how it looks: as a block of a terminal, a line of a log, or JSON."""
 
 import math
+import re
 import resource
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -163,12 +165,18 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def memory_bytes() -> int:
-    """Most memory held so far: what torch has allocated on this process's GPU, else the process's resident set."""
+    """Most memory held so far: what torch has allocated on this process's GPU, else the process's resident set.
+
+    The latter from /proc where there is one: what `getrusage` tells begins with the size of the parent process.
+    """
     torch = sys.modules.get("torch")  # not imported for this
     if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---- for people -----------------------------------------------------------------------------------------------------

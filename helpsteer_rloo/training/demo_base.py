@@ -56,6 +56,7 @@ def build_base(output_dir: Path, settings: DemoBaseSettings, seed: int) -> None:
     tokenizer.save_pretrained(output_dir)
     for checkpoint in output_dir.glob("checkpoint-*"):  # a model that others start from, as one from the hub
         shutil.rmtree(checkpoint)
+    (output_dir / "README.md").unlink(missing_ok=True)  # TRL's card, of a model that was trained from nothing
 
 
 def build_tokenizer(vocab_size: int, seed: int) -> Qwen2Tokenizer:

@@ -93,5 +93,6 @@ def _finish(failed: bool) -> None:
     wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.finish(exit_code=int(failed))
+        wandb.teardown()  # or the next one would keep this one's directory and run
     if trackio is not None and trackio.context_vars.current_run.get() is not None:
         trackio.finish()

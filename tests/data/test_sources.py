@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from helpsteer_rloo.data import sources
 from helpsteer_rloo.data.helpsteer3 import load_corpus
 from helpsteer_rloo.data.sources import BadRowError, RowFile, content_digest, locate, read_rows
 from helpsteer_rloo.knobs import DataKnobs
@@ -265,6 +266,23 @@ def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name, tmp_pa
 # ---- the hub ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def hub_that_answers(monkeypatch):
+    monkeypatch.setattr(sources, "absence", lambda *args: None)
+
+
+def test_a_hub_that_does_not_answer_is_said_to_be_away_with_the_reason(tmp_path, monkeypatch):
+    def fetch(name, **kwargs):
+        assert kwargs["local_files_only"]
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "absence", lambda *args: "ConnectError: Name or service not known")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match="from the hub: ConnectError: Name or service not known\n"):
+        locate(DataKnobs())
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -305,7 +323,7 @@ def test_a_data_set_of_the_hub_is_fetched_by_subset_and_revision(tmp_path, monke
     corpus = load_corpus(DataKnobs(dataset_name="owner/name", dataset_subset="pairs", dataset_revision="abc"))
     assert (asked["name"], asked["repo_type"], asked["revision"]) == ("owner/name", "dataset", "abc")
     assert asked["allow_patterns"] == ["pairs/*.jsonl", "pairs/*.jsonl.gz", "pairs/*.parquet"]
-    assert asked["etag_timeout"] <= 60
+    assert asked["local_files_only"] is False
     assert [len(corpus.groups[split]) for split in ("train", "validation")] == [1, 1]
 
 
