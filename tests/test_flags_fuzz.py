@@ -17,12 +17,14 @@ from helpsteer_rloo.data_command import DATA
 from helpsteer_rloo.demo import demo_settings, parse_demo
 from helpsteer_rloo.flags import read_yaml
 from helpsteer_rloo.parsing import parse_command, parse_pipeline, pipeline_settings
+from helpsteer_rloo.plan_command import parse_plan
 
 NAMES = sorted({*REWARD.flag_names(), *RLOO.flag_names(), *PIPELINE.flag_names(), *DATA.flag_names()} - {"config"})
 PARSERS = {
     "reward_model_training.py": lambda argv: parse_command(REWARD, argv, checks=[check_training]),
     "rloo_helpsteer_training.py": lambda argv: parse_command(RLOO, argv, checks=[check_rloo]),
     "train_pipeline.py": parse_pipeline,
+    "helpsteer-rloo plan": parse_plan,
     "helpsteer-rloo data": lambda argv: parse_command(DATA, argv),
     "helpsteer-rloo demo": parse_demo,
 }

@@ -245,17 +245,10 @@ def _trained(settings: Settings[Any], rig: Rig) -> Trained:
 
 
 def weight_bytes(use_peft: bool, asked: Any, *, cpu: bool) -> int:
-    """Bytes of a weight: of the type that was asked for, else a frozen base in bfloat16 on a GPU, the rest in float32.
-
-    Raises:
-        ValueError: there is no such type.
-    """
+    """Bytes of a weight: of the type asked for, else a frozen base in bfloat16 on a GPU, the rest in float32."""
     if asked in (None, "auto"):
         return 2 if use_peft and not cpu else 4
-    name = str(asked).removeprefix("torch.")
-    if name not in BYTES:
-        raise ValueError(f"--dtype is {asked!r}; expected float32, bfloat16 or float16.")
-    return BYTES[name]
+    return BYTES[str(asked).removeprefix("torch.")]
 
 
 def _targets(trl: Mapping[str, Any]) -> tuple[str, ...] | None:

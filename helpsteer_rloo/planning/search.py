@@ -177,17 +177,15 @@ def largest(holds: Callable[[int], bool], lowest: int, highest: int) -> int | No
 
 def room_of(request: Request, limit: float) -> list[Room]:
     """How far each setting can go alone."""
-    found: list[Room] = []
-    for knob in KNOBS:
-        value = knob.get(request)
-        if value is not None:
-            most = _largest_of(knob, request, limit)
-            found.append(Room(knob.flag, value, most, most == knob.highest))
-    return found
+    present = [(knob, value) for knob in KNOBS if (value := knob.get(request)) is not None]
+    found = [(knob, value, _largest_of(knob, request, limit)) for knob, value in present]
+    return [Room(knob.flag, value, most, most == knob.highest) for knob, value, most in found]
 
 
 def _largest_of(knob: Knob, request: Request, limit: float) -> int | None:
-    return largest(lambda value: fits(knob.put(request, value), limit), knob.lowest, knob.highest)
+    """The largest value that fits, looked for from the present one on if that does."""
+    lowest = max(knob.lowest, knob.get(request) or 0) if fits(request, limit) else knob.lowest
+    return largest(lambda value: fits(knob.put(request, value), limit), lowest, knob.highest)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,178 @@
+"""What stages hold, from settings: arithmetic of weights and optimizer, sharing, and growth with every setting."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpsteer_rloo.config import REWARD, flags_named_of
+from helpsteer_rloo.parsing import parse_command, parse_pipeline
+from helpsteer_rloo.planning.needs import needs_of
+from helpsteer_rloo.planning.request import Rig, request_of_pipeline, request_of_reward
+from helpsteer_rloo.planning.search import KNOBS, fits, largest, remedies, room_of
+from helpsteer_rloo.planning.shapes import QWEN3
+
+GIB = 2**30
+SHAPE = QWEN3["Qwen/Qwen3-8B"]
+GPU = Rig()
+
+
+def request(*argv, rig=GPU):
+    return request_of_pipeline(parse_pipeline(list(argv)), rig)
+
+
+def items(found, stage, moment):
+    need = next(need for need in needs_of(found) if need.stage == stage)
+    return next(phase.items for phase in need.phases if phase.name == moment)
+
+
+def test_full_training_holds_sixteen_bytes_a_weight():
+    held = items(request(), "reward model", "pass and backward")
+    weights = SHAPE.classifier_parameters()
+    assert held["trained weights"] == held["gradients"] == 4 * weights
+    assert held["optimizer"] == 8 * weights
+    policy = items(request(), "RLOO", "pass and backward")
+    assert policy["reference model"] == 4 * SHAPE.causal_parameters()
+    assert policy["reward models"] == 4 * weights
+
+
+def test_adapters_are_trained_in_float32_on_one_base_in_half_precision():
+    held = items(request("--use_peft"), "RLOO", "pass and backward")
+    adapter = SHAPE.lora_parameters(16)
+    assert held["base weights"] == 2 * SHAPE.causal_parameters()
+    assert held["trained weights"] == held["gradients"] == held["reward adapters"] == 4 * adapter
+    assert held["optimizer"] == 8 * adapter
+    assert "reward models" not in held
+
+
+def test_reward_models_of_another_kind_are_models_of_their_own():
+    for argv in (["--rloo.use_peft"], ["--use_peft", "--rloo.dtype=float32"], ["--use_peft", "--rloo.engine=trl"]):
+        held = items(request(*argv), "RLOO", "scores")
+        width = 4 if argv == ["--rloo.use_peft"] else 2
+        assert held["reward models"] == width * SHAPE.classifier_parameters()
+    guarded = items(request("--use_peft", "--guard"), "RLOO", "scores")
+    assert guarded["reward adapters"] == 2 * 4 * SHAPE.lora_parameters(16)
+
+
+def test_more_gpus_share_what_they_are_told_to_share():
+    alone = items(request(), "reward model", "pass and backward")
+    ddp = items(request(rig=Rig(processes=8)), "reward model", "pass and backward")
+    assert (ddp["trained weights"], ddp["optimizer"]) == (alone["trained weights"], alone["optimizer"])
+    assert ddp["gradients"] == 2 * alone["gradients"]  # with the buckets of their exchange
+    fsdp = items(request(rig=Rig(processes=8, sharding="fsdp")), "reward model", "pass and backward")
+    for kind in ("trained weights", "optimizer", "gradients"):
+        assert fsdp[kind] == alone[kind] / 8
+    sampling = items(request(rig=Rig(processes=8, sharding="fsdp")), "RLOO", "sampling")
+    assert sampling["gathered weights"] == 4 * SHAPE.causal_parameters()
+    zero = items(request(rig=Rig(processes=8, sharding="zero2")), "reward model", "pass and backward")
+    weights = SHAPE.classifier_parameters()
+    assert (zero["trained weights"], zero["optimizer"]) == (2 * weights, 12 * weights / 8)
+
+
+@pytest.mark.parametrize(
+    ("flag", "states"), [("adamw_torch", 8), ("sgd", 0), ("adamw_8bit", 2), ("lion_32bit", 8), ("adafactor", 0)]
+)
+def test_the_optimizers_states_are_counted(flag, states):
+    held = items(request(f"--reward.optim={flag}"), "reward model", "pass and backward")
+    assert held.get("optimizer", 0) == states * SHAPE.classifier_parameters()
+
+
+def test_trls_own_passes_are_said_to_need_more():
+    notes = [note for need in needs_of(request("--use_peft", "--engine=trl")) for note in need.notes]
+    assert len(notes) == 2
+    assert all("this is the least" in note for note in notes)
+    assert any(
+        "DeepSpeed" in n for need in needs_of(request(rig=Rig(processes=8, sharding="zero3"))) for n in need.notes
+    )
+
+
+def test_what_is_not_planned_is_refused_with_its_name():
+    with pytest.raises(ValueError, match="load_in_4bit"):
+        request("--use_peft", "--reward.load_in_4bit=true")
+
+
+def test_an_ensemble_and_a_guard_are_stages_and_judges():
+    found = request("--use_peft", "--reward.ensemble=2", "--guard")
+    assert [stage.name for stage in found.rewards] == ["reward model", "reward model 2", "guard"]
+    assert len(found.rloo.judges) == 3
+    assert all(judge.shared for judge in found.rloo.judges)
+    assert not any(judge.shared for judge in found.evaluation.judges)
+    assert found.rewards[2].half
+
+
+def test_a_script_of_one_stage_plans_that_stage():
+    settings = parse_command(REWARD, ["--use_peft"])
+    assert [need.stage for need in needs_of(request_of_reward(settings, GPU))] == [
+        "reward model",
+        "reward model: verification",
+    ]
+    assert [need.stage for need in needs_of(request("--reward_model_only"))] == [
+        "reward model",
+        "reward model: verification",
+    ]
+
+
+# ---- growth and search -----------------------------------------------------------------------------------------------
+
+REQUESTS = [
+    request("--use_peft"),
+    request(),
+    request("--use_peft", "--guard", rig=Rig(cpu=True)),
+    request(rig=Rig(processes=4, sharding="fsdp")),
+]
+
+
+@given(st.sampled_from(REQUESTS), st.sampled_from(KNOBS), st.integers(1, 4000), st.integers(0, 4000))
+def test_memory_grows_with_every_setting(found, knob, value, more):
+    value = max(value, knob.lowest)
+    if knob.flag == "rloo.rloo_k":  # fewer samples a prompt are more prompts at once, unless all are of one
+        value = max(value, found.rloo.at_once)
+    small, large = (needs_of(knob.put(found, size)) for size in (value, value + more))
+    for one, other in zip(small, large, strict=True):
+        assert one.worst.total <= other.worst.total * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("limit", [20 * GIB, 24 * GIB, 40 * GIB])
+def test_the_largest_settings_fit_and_larger_ones_do_not(limit):
+    found = request("--use_peft")
+    knobs = {knob.flag: knob for knob in KNOBS}
+    for room in room_of(found, limit):
+        assert fits(knobs[room.flag].put(found, room.largest), limit)
+        assert room.largest >= room.value
+        if not room.capped:
+            assert not fits(knobs[room.flag].put(found, room.largest + 1), limit)
+
+
+def test_where_nothing_fits_every_setting_says_so():
+    assert {room.largest for room in room_of(request(), 24 * GIB)} == {None}
+    assert remedies(request(), 2 * GIB) == []
+    assert remedies(request("--use_peft"), 40 * GIB) == []
+
+
+def test_what_is_proposed_fits_and_adapters_come_to_one_base():
+    found = remedies(request(), 24 * GIB)
+    assert dict(found[0].flags) == {"use_peft": "true"}
+    asked = request("--use_peft")
+    assert [need.worst.total for need in found[0].needs] == [need.worst.total for need in needs_of(asked)]
+    long = request("--use_peft", "--max_length=8192", "--rloo.response_length=2048")
+    for remedy in remedies(long, 24 * GIB):
+        assert max(need.worst.total for need in remedy.needs) <= 24 * GIB
+    assert remedies(long, 24 * GIB)
+
+
+def test_a_bisection_finds_the_last_that_holds():
+    for last in range(1, 40):
+        assert largest(lambda n, last=last: n <= last, 1, 100) == last
+
+
+def test_prompts_take_the_room_that_the_longest_response_leaves():
+    found = request("--use_peft", "--max_length=2048", "--rloo.response_length=512")
+    assert (found.rloo.prompt, found.rloo.response, found.evaluation.prompt) == (1536, 512, 1536)
+    with pytest.raises(ValueError, match=r"--rloo.response_length"), flags_named_of("rloo"):
+        request_of_pipeline(replace_length(parse_pipeline([]), 1024), GPU)
+
+
+def replace_length(settings, response):
+    rloo = replace(settings.rloo, own=replace(settings.rloo.own, response_length=response))
+    return replace(settings, rloo=rloo)

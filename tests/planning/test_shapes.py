@@ -1,0 +1,137 @@
+"""Dimensions, and the counts that follow from them, against transformers' own models and torch's counter."""
+
+import json
+
+import peft
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+from benchmarks import models
+from helpsteer_rloo.planning.memory import Adapter
+from helpsteer_rloo.planning.request import Trained
+from helpsteer_rloo.planning.shapes import (
+    QWEN3,
+    Shape,
+    Work,
+    backward_flops,
+    forward_flops,
+    head_flops,
+    shape_of,
+    shape_of_config,
+)
+from helpsteer_rloo.planning.time import step_flops
+
+# Weights outside of the embeddings, in billions, as the models' cards give them.
+PUBLISHED = {"0.6B": 0.44, "1.7B": 1.4, "4B": 3.6, "8B": 6.95, "14B": 13.2, "32B": 31.2}
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_every_built_in_model_has_the_weights_of_transformers_own(size):
+    shape = QWEN3[f"Qwen/Qwen3-{size}"]
+    assert QWEN3[f"Qwen/Qwen3-{size}-Base"] == shape == shape_of(f"Qwen/Qwen3-{size}")
+    with torch.device("meta"):
+        causal = Qwen3ForCausalLM(models.make_config(shape))
+        classifier = Qwen3ForSequenceClassification(models.make_config(shape, labels=1))
+    assert (shape.causal_parameters(), shape.classifier_parameters()) == (count(causal), count(classifier))
+    outside = shape.classifier_parameters() - shape.embedding_parameters()
+    assert outside / 1e9 == pytest.approx(PUBLISHED[size], rel=0.015)
+
+
+def test_adapters_have_pefts_weights():
+    shape = QWEN3["Qwen/Qwen3-0.6B"]
+    for targets in (None, ["q_proj", "v_proj"]):
+        with torch.device("meta"):
+            config = models.make_lora("CAUSAL_LM")
+            config.target_modules = targets or config.target_modules
+            model = peft.get_peft_model(Qwen3ForCausalLM(models.make_config(shape)), config)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert shape.lora_parameters(models.LORA_RANK, targets) == trained
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        (Qwen3Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     intermediate_size=80, vocab_size=100, head_dim=16, tie_word_embeddings=True), Qwen3ForCausalLM),
+        (LlamaConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     intermediate_size=80, vocab_size=100), LlamaForCausalLM),
+    ],
+    ids=["qwen3", "llama"],
+)  # fmt: skip
+def test_a_local_model_is_known_by_its_configuration(config, model, tmp_path):
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        assert shape_of(str(tmp_path)).causal_parameters() == count(model(config))
+
+
+def test_llama_without_key_heads_or_head_size_has_those_of_its_heads():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 9}
+    shape = shape_of_config({"model_type": "llama", **sizes, "vocab_size": 10})
+    assert (shape.kv_heads, shape.head_dim, shape.head_norms, shape.tied) == (4, 16, False, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "holds no mapping"),
+        (json.dumps({"model_type": "gpt2"}), "model_type is 'gpt2'; the plan knows qwen3 and llama"),
+        (
+            json.dumps({"model_type": "qwen3", "hidden_size": "large"}),
+            "hidden_size is 'large'; expected a whole number",
+        ),
+        (json.dumps({"model_type": "qwen3", "hidden_size": 8}), "num_hidden_layers is None"),
+    ],
+)
+def test_a_model_that_is_not_known_is_refused_by_name(content, says, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config") as raised:
+        shape_of(str(tmp_path))
+    assert says in str(raised.value)
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_refused_with_what_to_give(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match=r"(?s)'some/model' are not known.*no network.*--model_name_or_path"):
+        shape_of("some/model")
+
+
+SHAPE = Shape(64, 2, 4, 2, 16, 128, 512)
+TOKENS = 48
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_operations_are_those_that_torch_counts(lora):
+    model = models.make_policy(SHAPE, torch.float32, 0)
+    adapted = peft.get_peft_model(model, models.make_lora("CAUSAL_LM")) if lora else model
+    if lora:
+        adapted.enable_input_require_grads()
+    model.set_attn_implementation("eager")  # whose square the counter sees
+    with FlopCounterMode(display=False) as forward:
+        hidden = model.model(input_ids=torch.arange(2, 2 + TOKENS)[None], use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    work, adapter = Work(TOKENS, TOKENS * TOKENS), SHAPE.lora_parameters(16) if lora else 0
+    assert forward_flops(SHAPE, work, adapter) == pytest.approx(forward.get_total_flops(), rel=0.01)
+    assert backward_flops(SHAPE, work, adapter) == pytest.approx(backward.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_pass_is_counted_with_its_head_and_what_is_computed_again(lora, checkpointing):
+    trained = Trained("x", SHAPE, 4, 4, Adapter(16) if lora else None, checkpointing, 8, packed=True)
+    work, adapter = Work.of_group(10, [6, 6]), SHAPE.lora_parameters(16) if lora else 0
+    body = forward_flops(SHAPE, work, adapter) * (1 + checkpointing) + backward_flops(SHAPE, work, adapter)
+    # a frozen head: value and gradient of its input; a trained one: run twice, gradients of input and weights
+    assert step_flops(trained, work, 12) == body + (2 if lora else 4) * head_flops(SHAPE, 12)
