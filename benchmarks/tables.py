@@ -130,6 +130,13 @@ COLUMNS: dict[str, list[Column]] = {
         ("TRL needs at the least (computed), GiB", _number("peak_bytes_trl", 2**30)),
         ("seconds by phase", _phases),
     ],
+    "plan": [
+        _NAME,
+        ("measured, GiB", _number("ours", 2**30)),
+        ("predicted, GiB", _number("predicted", 2**30)),
+        ("error", _percent("error")),
+        ("worst moment", lambda row: row["worst_phase"]),
+    ],
 }
 
 
