@@ -151,7 +151,7 @@ def contrast(first, second):
 def test_colours_of_charts_can_be_told_from_the_page_in_both_themes(page):
     style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
     themes = [
-        dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r"\{([^{}]*--page[^{}]*)\}", style)
+        dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r"\{([^{}]*--page:[^{}]*)\}", style)
     ]
     assert len(themes) == 3
     assert themes[1] == themes[2] != themes[0]
