@@ -8,6 +8,7 @@ from helpsteer_rloo import cli
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.demo import parse_demo
 from helpsteer_rloo.fitting import refuse_what_cannot_fit
+from helpsteer_rloo.identity import effective_settings
 from helpsteer_rloo.parsing import parse_pipeline
 from helpsteer_rloo.planning import machine
 from helpsteer_rloo.planning.lengths import counted, helpsteer3
@@ -187,6 +188,14 @@ def test_what_fits_is_named_with_the_flags_of_the_script(monkeypatch):
             force=False,
         )
     assert "--max_length" in str(whole.value)
+
+
+def test_force_makes_no_stage_run_again():
+    alone, forced = (parse_pipeline(argv) for argv in ([], ["--force"]))
+    assert forced.own.force
+    assert not alone.own.force
+    for stage in ("reward", "rloo"):
+        assert effective_settings(getattr(alone, stage)) == effective_settings(getattr(forced, stage))
 
 
 def test_an_unknown_model_or_memory_is_said_and_passed_over(monkeypatch, capsys):
