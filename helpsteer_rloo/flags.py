@@ -164,9 +164,13 @@ _CONVERTERS: dict[str, Callable[[str], FlagValue]] = {"bool": _to_bool, "int": _
 def own_flags(knobs: type) -> list[Flag]:
     """The flags that a dataclass of `helpsteer_rloo.knobs` declares, in order."""
     return [
-        Flag(field.name, _annotation(field.type), str(field.default), str(field.metadata.get("help", "")))
+        Flag(field.name, _annotation(field.type), _default(field), str(field.metadata.get("help", "")))
         for field in dataclasses.fields(knobs)
     ]
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    return "" if field.default is dataclasses.MISSING else str(field.default)
 
 
 def _annotation(annotation: object) -> str:

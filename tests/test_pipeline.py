@@ -358,7 +358,7 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
 def test_without_a_hub_the_default_run_says_what_is_missing_and_how_to_go_on(tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train_pipeline.py")],
+        [sys.executable, str(ROOT / "train_pipeline.py"), "--force"],  # which no machine of tests would hold
         capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 1

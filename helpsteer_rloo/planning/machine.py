@@ -10,6 +10,8 @@ from typing import Any
 from helpsteer_rloo.planning.time import Rate
 
 _MEASURED_SIZE, _COPIED_BYTES = 2048, 2**28
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+"""Devices of GPUs: of NVIDIA's driver, of Windows' subsystem, of AMD's. Without one, torch is not loaded to ask it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +25,25 @@ class Memory:
 
 def memory_here(*, use_cpu: bool) -> Memory | None:
     """What is free on this process's GPU, or in main memory if there is none or none is to be used; None if unknown."""
-    import torch
-
-    if not use_cpu and torch.cuda.is_available():
-        device = int(os.environ.get("LOCAL_RANK", "0"))
-        free, whole = torch.cuda.mem_get_info(device)
-        used = f" ({whole / 2**30:.1f} GiB in all, the rest is in use)" if free < 0.95 * whole else ""
-        return Memory(free, f"{torch.cuda.get_device_name(device)}{used}", cpu=False)
+    on_gpu = None if use_cpu or not any(map(os.path.exists, _DRIVERS)) else _memory_of_gpu()
+    if on_gpu is not None:
+        return on_gpu
     free = available_memory()
     if free is None:
         return None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Memory(free / here, "free main memory" + (f", shared by {here} processes" if here > 1 else ""), cpu=True)
+
+
+def _memory_of_gpu() -> Memory | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    free, whole = torch.cuda.mem_get_info(device)
+    used = f" ({whole / 2**30:.1f} GiB in all, the rest is in use)" if free < 0.95 * whole else ""
+    return Memory(free, f"{torch.cuda.get_device_name(device)}{used}", cpu=False)
 
 
 def available_memory(root: Path = Path("/")) -> float | None:

@@ -72,6 +72,8 @@ class Command:
                 found.append([])
                 skipping = False
             elif set(word) <= set("|<>"):
+                if found[-1][-1:] == ["2"] and ">" in word:  # the stream that is led elsewhere
+                    found[-1].pop()
                 skipping = True
             elif not skipping and (found[-1] or not _ASSIGNMENT.match(word)):
                 found[-1].append(word)

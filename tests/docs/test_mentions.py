@@ -17,6 +17,8 @@ OF_OTHERS = {
     "docs/comparison.md": r"--(algo|train|reward)\..*",
     "docs/several-processes.md": r"--num_processes|--machine_rank",
     "docs/tutorials/eight-gpus.md": r"--num_processes",
+    "docs/memory.md": r"--huge_pages",
+    "docs/watching-a-run.md": r"--logdir",
     "docs/performance.md": r"--steps|--huge_pages",
     "CONTRIBUTING.md": r"--check",
     "README.md": r"--config_file",

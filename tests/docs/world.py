@@ -166,6 +166,7 @@ def make_world(root: Path) -> DocsWorld:
     with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
         cli.run_demo(["--config=demo.yaml"])
     demo = root / "runs" / "demo"
+    shutil.copytree(demo, root / "runs" / "demo2")
     for name, source in {
         "models/qwen3_8b_reward_model": "reward_model",
         "models/rloo_helpsteer3": "policy",
