@@ -165,7 +165,7 @@ def _read_config(given: dict[str, FlagValue]) -> tuple[dict[str, FlagValue], str
     return (read_yaml(Path(file)), str(file)) if file else ({}, "configuration")
 
 
-_FOR_BOTH = ("model_name_or_path", "seed", "use_peft", "engine", "packed_tokens", "report_to")
+_FOR_BOTH = ("model_name_or_path", "seed", "use_peft", "engine", "packed_tokens", "max_bad_steps", "report_to")
 
 
 def _shared_flags(own: PipelineKnobs, stage: str) -> dict[str, tuple[str, FlagValue]]:
