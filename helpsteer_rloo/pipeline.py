@@ -45,10 +45,10 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     made = [member.own.output_dir for member in ensemble(settings)]
     for directory in made:
         refuse_foreign(Path(directory))
-    _check_fit(settings, "reward")
     with reported(run), _only_process(run, *made):
         _record_start(run, {"reward": settings.describe()})
         stages = [data_stage(run, context), *_reward_stages(run, settings, context)]
+        _check_fit(settings, "reward", run, stages)
         _announce(run, [stage.name for stage in stages])
         outputs = run_stages(run, stages, say)
     heldout = outputs["verification"]
@@ -75,10 +75,10 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
-    _check_fit(settings, "rloo")
     with reported(run), _only_process(run, settings.own.output_dir):
         _record_start(run, {"rloo": settings.describe()})
         stages = [data_stage(run, context), rloo_stage(settings, context)]
+        _check_fit(settings, "rloo", run, stages)
         _announce(run, [stage.name for stage in stages])
         outputs = run_stages(run, stages, say)
     conclude(f"The policy is in {settings.own.output_dir}.")
@@ -91,14 +91,16 @@ def _announce(run: RunDir, names: Sequence[str]) -> None:
         publish(RunPlanned(tuple(names), seconds_by_stage(run, names)))
 
 
-def _check_fit(settings: Settings[Any], stage: str) -> None:
-    """Refuse a training of one stage that cannot fit into memory.
+def _check_fit(settings: Settings[Any], stage: str, run: RunDir, stages: Sequence[Stage]) -> None:
+    """Refuse a training of one stage that cannot fit into memory, unless it is finished.
 
     Raises:
         ValueError: it cannot.
     """
     from helpsteer_rloo.planning.request import request_of_reward, request_of_rloo
 
+    if len(finished_stages(run, stages)) == len(stages):
+        return
     request_of = request_of_reward if stage == "reward" else request_of_rloo
     refuse_what_cannot_fit(
         lambda rig: request_of(settings, rig),
@@ -223,7 +225,6 @@ def _run_all(
     own = settings.own
     _announce(run, [*(stage.name for stage in before), *stage_names(settings)])
     run_stages(run, before, say)
-    _check_fit_of_all(settings)
     context = data_context(settings.reward)
     first = [*before, data_stage(run, context)]
     if not own.rloo_only:
@@ -233,12 +234,15 @@ def _run_all(
             reward_stage(settings.guard, context, "guard"),
             verification_stage(run, settings.guard, context, of="guard"),
         ]
+
+    def all_stages() -> list[Stage]:
+        """With those of the policy, whose inputs are what the reward model is by now."""
+        rloo = rloo_stage(settings.rloo, context, judged_on=own.evaluation_prompts)
+        return [*first, rloo, evaluation_stage(run, own, settings.rloo, context, gold)]
+
+    _check_fit_of_all(settings, run, first if own.reward_model_only else all_stages())
     run_stages(run, first, say)
-    stages = [
-        *first,
-        rloo_stage(settings.rloo, context, judged_on=own.evaluation_prompts),
-        evaluation_stage(run, own, settings.rloo, context, gold),
-    ]
+    stages = all_stages()
     if not own.reward_model_only:
         _refuse_weak_reward_model(settings)
         _warn_of_a_weak_guard(settings)
@@ -262,14 +266,16 @@ def stage_names(settings: PipelineSettings) -> list[str]:
     return names if own.reward_model_only else [*names, "rloo", "evaluation"]
 
 
-def _check_fit_of_all(settings: PipelineSettings) -> None:
-    """Refuse a run of which a stage cannot fit into memory.
+def _check_fit_of_all(settings: PipelineSettings, run: RunDir, stages: Sequence[Stage]) -> None:
+    """Refuse a run of which a stage cannot fit into memory, unless all of them are finished.
 
     Raises:
         ValueError: it cannot.
     """
     from helpsteer_rloo.planning.request import request_of_pipeline
 
+    if len(finished_stages(run, stages)) == len(stages):
+        return
     refuse_what_cannot_fit(
         lambda rig: request_of_pipeline(settings, rig),
         use_cpu=bool(settings.reward.trl.get("use_cpu") or settings.rloo.trl.get("use_cpu")),

@@ -7,7 +7,15 @@ long as there is room for, completions of full length.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from helpsteer_rloo.planning.memory import Net, PassBytes, Row, drawing_bytes, inference_bytes, training_bytes
+from helpsteer_rloo.planning.memory import (
+    Net,
+    PassBytes,
+    Row,
+    drawing_bytes,
+    inference_bytes,
+    program_bytes,
+    training_bytes,
+)
 from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained
 from helpsteer_rloo.sizes import MOST_COPIED_BYTES, PASS_TOKENS, ROW_TOKENS
 
@@ -65,7 +73,7 @@ def reward_needs(stage: RewardStage, rig: Rig) -> list[Need]:
     trained, parameters = stage.trained, stage.trained.shape.classifier_parameters()
     row = reward_row(stage, rig)
     held = _Held(trained, parameters, rig)
-    phases = held.training([row], many=stage.pairs * (2 * stage.max_length) > row.tokens)
+    phases = held.training([row], many=stage.pairs > 1)
     judge = Judge(trained.shape, trained.weights, trained.adapter)
     tokens = -(-stage.scored_at_once // 2) * 2 * stage.max_length
     scoring = _phase("scoring", rig, _model(judge), _scores(judge, Row(tokens, stage.scored_at_once), rig))
@@ -84,7 +92,10 @@ def reward_row(stage: RewardStage, rig: Rig) -> Row:
 def rloo_need(stage: RLOOStage, rig: Rig) -> Need:
     """Training of the policy: sampling, scores, reference, and the passes that train."""
     trained, parameters = stage.trained, stage.trained.shape.causal_parameters()
-    others = _beside_the_policy(stage, rig)
+    others = {
+        **_beside_the_policy(stage, rig),
+        "programs of oneDNN": program_bytes(_net(trained, rig, trained.compute), stage.response),
+    }
     held = _Held(trained, parameters, rig, others)
     between = (held.standing, others, held.whole)
     rows = rloo_rows(stage, rig)
@@ -126,7 +137,10 @@ def evaluation_need(stage: EvaluationStage, rig: Rig) -> Need:
     """Judgement of the policy, with one model in memory at a time, whole on the main process."""
     policy, alone = stage.policy, replace(rig, processes=1, sharding="ddp")
     net = _net(policy, rig, compute=policy.weights)
-    weights = {"base weights": float(policy.shape.causal_parameters() * policy.weights)}
+    weights = {
+        "base weights": float(policy.shape.causal_parameters() * policy.weights),
+        "programs of oneDNN": program_bytes(net, stage.response),
+    }
     one = stage.prompt + stage.response
     row = Row(_filled(max(one, min(PASS_TOKENS, stage.prompts * one)), rig), PASS_TOKENS, PASS_TOKENS)
     phases = [
@@ -206,7 +220,8 @@ class _Held:
     def training(self, rows: Sequence[Row], *, many: bool) -> tuple[Phase, ...]:
         """The worst row's pass, and the end of a backward pass, where all gradients exist.
 
-        With `many` rows a step, those of earlier rows exist in a pass too, and meet the new ones.
+        With `many` rows a step, those of earlier rows exist in a pass too, and meet the new ones. (A step of several
+        groups may happen to be one row, and then needs less by its gradients.)
         """
         around = (self.standing, self.others or {}, self.gathered)
         found = [training_bytes(self.net, row, checkpointing=self.trained.checkpointing) for row in rows]
