@@ -195,9 +195,7 @@ def group_sequences(sequences: Sequence[tuple[int, ...]]) -> TokenGroup:
     >>> group.prompt_ids, group.continuation_ids
     ((7,), ((8, 1, 2), (8, 1, 3), (8,)))
     """
-    shortest = min(map(len, sequences))
-    first = sequences[0]
-    shared = 0
-    while shared < shortest - 1 and all(sequence[shared] == first[shared] for sequence in sequences):
-        shared += 1
-    return TokenGroup((), first[:shared], tuple(sequence[shared:] for sequence in sequences))
+    first, last = min(sequences), max(sequences)  # in lexical order: those between begin as both do
+    differ = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    shared = min(next(differ, len(first)), min(map(len, sequences)) - 1)
+    return TokenGroup((), sequences[0][:shared], tuple(sequence[shared:] for sequence in sequences))

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,8 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
 
     def work() -> dict[str, Any]:
         from helpsteer_rloo.data.preparation import half_of
-        from helpsteer_rloo.evaluation.reload import check_reload
+        from helpsteer_rloo.evaluation import stock_scores
+        from helpsteer_rloo.evaluation.reload import check_reload, fresh_process
         from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.lost_processes import lost_processes_explained
@@ -125,23 +127,22 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
         check_base(context.model, context.tokenizer, trust_remote_code=context.trust_remote_code)
         prepared = context.prepared
         probes = [list(g.sequence(i)) for g in prepared.groups["validation"] for i in range(2)][:PROBES]
-        with (
-            passed_on_explained(settings.trl),
-            lost_processes_explained(settings.own.output_dir),
-            tracked(settings.trl.get("report_to"), directory),
-        ):
-            train = half_of(prepared.groups["train"], settings.own.half)
-            training = train_reward_model(settings, context.tokenizer, train, prepared.groups["validation"], probes)
-        release()
-        scores = training.pop("probe_scores")
-        if not all(math.isfinite(score) for score in scores):
-            raise ValueError(
-                "The reward model's scores are not finite: training diverged. Lower --learning_rate; the checkpoints "
-                f"in {directory} are of no use."
-            )
-        if not is_main_process():
-            return {}
-        difference = check_reload(directory, probes, scores, training["base"])
+        with ExitStack() as held:
+            # It imports its libraries, which takes it some seconds, while the model is trained.
+            process = held.enter_context(fresh_process(stock_scores)) if is_main_process() else None
+            with (
+                passed_on_explained(settings.trl),
+                lost_processes_explained(settings.own.output_dir),
+                tracked(settings.trl.get("report_to"), directory),
+            ):
+                train = half_of(prepared.groups["train"], settings.own.half)
+                training = train_reward_model(settings, context.tokenizer, train, prepared.groups["validation"], probes)
+            release()
+            scores = training.pop("probe_scores")
+            _refuse_diverged(scores, directory)
+            if process is None:
+                return {}
+            difference = check_reload(directory, probes, scores, training["base"], process=process)
         say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
         training["pairs"] = sum(len(group.preferences) for group in train)
         record = _reward_record(settings, context, training, {"sequences": len(probes), "max_difference": difference})
@@ -159,6 +160,14 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
         distributed=True,
         needs=("data",),
     )
+
+
+def _refuse_diverged(scores: Sequence[float], directory: Path) -> None:
+    if not all(math.isfinite(score) for score in scores):
+        raise ValueError(
+            "The reward model's scores are not finite: training diverged. Lower --learning_rate; the checkpoints in "
+            f"{directory} are of no use."
+        )
 
 
 def _reward_record(

@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +18,62 @@ EXACT = 1e-4
 """The same for scores or log-probabilities that were computed in float32 on both sides."""
 
 
+class FreshProcess:
+    """A process that imports stock libraries, waits for one question, and answers it; without one it ends with us."""
+
+    def __init__(self, program: ModuleType) -> None:
+        """Start a program, out of reach of a terminal's signals, which are meant for the process that asks."""
+        self._process = subprocess.Popen(
+            [sys.executable, str(program.__file__)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def answer(self, directory: str | Path, sequences: Sequence[Sequence[int]], base: Mapping[str, Any]) -> Any:
+        """What the program finds of a saved model.
+
+        Raises:
+            ValueError: the directory does not load.
+        """
+        asked = {"directory": str(directory), "sequences": [list(ids) for ids in sequences], "base": dict(base)}
+        output, errors = self._process.communicate(json.dumps(asked) + "\n")
+        if self._process.returncode:
+            raise ValueError(f"The saved model in {directory} does not load in a fresh process:\n{errors}")
+        return json.loads(output.strip().splitlines()[-1])
+
+    def end(self) -> None:
+        """End the process, if it has not ended."""
+        self._process.kill()
+        with self._process:  # which closes its pipes, and waits for it
+            pass
+
+
+@contextmanager
+def fresh_process(program: ModuleType) -> Generator[FreshProcess]:
+    """A fresh process for as long as the context lasts; the sooner it starts, the sooner it answers."""
+    process = FreshProcess(program)
+    try:
+        yield process
+    finally:
+        process.end()
+
+
 def check_reload(
     directory: str | Path,
     sequences: Sequence[Sequence[int]],
     expected: Sequence[float],
     base: Mapping[str, Any],
     limit: float | None = None,
+    process: FreshProcess | None = None,
 ) -> float:
     """Score `sequences` with the saved reward model in a fresh process and compare with the scores it should give.
 
@@ -32,6 +83,7 @@ def check_reload(
         expected: Their scores.
         base: How the base model's weights are held (`helpsteer_rloo.model.loading.Base` as a dictionary).
         limit: Largest difference allowed (default: `TOLERANCE` of the type of `base`).
+        process: One that runs `stock_scores` and has not been asked yet (default: one that is started now).
 
     Returns:
         The largest absolute difference.
@@ -39,7 +91,8 @@ def check_reload(
     Raises:
         ValueError: the directory does not load, or the scores differ by more than that.
     """
-    scores = _in_a_fresh_process(stock_scores, directory, sequences, base)
+    answer = process.answer if process else partial(_in_a_fresh_process, stock_scores)
+    scores = answer(directory, sequences, base)
     return _checked(directory, scores, expected, TOLERANCE[base["dtype"]] if limit is None else limit)
 
 
@@ -59,17 +112,8 @@ def check_log_probs(
 def _in_a_fresh_process(
     program: ModuleType, directory: str | Path, sequences: Sequence[Sequence[int]], base: Mapping[str, Any]
 ) -> Any:
-    """What a program of stock libraries prints of a saved model."""
-    with tempfile.TemporaryDirectory() as folder:
-        ids_file = Path(folder) / "ids.json"
-        ids_file.write_text(json.dumps([list(ids) for ids in sequences]), encoding="utf-8")
-        base_file = Path(folder) / "base.json"
-        base_file.write_text(json.dumps(dict(base)), encoding="utf-8")
-        command = [sys.executable, str(program.__file__), str(directory), str(ids_file), str(base_file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"The saved model in {directory} does not load in a fresh process:\n{done.stderr}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with fresh_process(program) as process:
+        return process.answer(directory, sequences, base)
 
 
 def _checked(directory: str | Path, found: Sequence[float], expected: Sequence[float], limit: float) -> float:

@@ -1,8 +1,8 @@
 """Score token ids with a saved reward model through transformers and PEFT alone.
 
-Run as a program in a fresh process: `python stock_scores.py DIRECTORY IDS.json BASE.json` reads a list of id lists and
-how the base model is held, and prints the list of scores as its last line. It imports nothing of this project: what it
-loads is what any user of the directory loads.
+Run as a program in a fresh process: `python stock_scores.py` reads one line of JSON from its standard input, with the
+`directory`, a list of id lists (`sequences`) and how the base model is held (`base`), and prints the list of scores as
+its last line. It imports nothing of this project: what it loads is what any user of the directory loads.
 """
 
 import json
@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 
-def main(directory: str, ids_file: str, base_file: str) -> None:
-    """Print the scores of the sequences in `ids_file`."""
+def main() -> None:
+    """Print the scores of the sequences asked for."""
     import torch
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    base = json.loads(Path(base_file).read_text(encoding="utf-8"))
+    asked = json.loads(sys.stdin.readline())
+    directory, base = asked["directory"], asked["base"]
     kwargs = {"num_labels": 1, "dtype": getattr(torch, base["dtype"]), "trust_remote_code": base["trust_remote_code"]}
     kwargs["use_safetensors"] = True
     if base["quantization"]:
@@ -31,12 +32,11 @@ def main(directory: str, ids_file: str, base_file: str) -> None:
         model = AutoModelForSequenceClassification.from_pretrained(directory, **kwargs)
     if not base["quantization"]:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sequences = json.loads(Path(ids_file).read_text(encoding="utf-8"))
     model.eval()
     with torch.no_grad():
-        scores = [model(input_ids=torch.tensor([ids], device=model.device)).logits.item() for ids in sequences]
+        scores = [model(input_ids=torch.tensor([ids], device=model.device)).logits.item() for ids in asked["sequences"]]
     print(json.dumps(scores))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -5,8 +5,9 @@ Registered with transformers under the name `SHARED_PREFIX`. With the keyword `s
 keyword `cascade`, what a token attends to is the caller's; without either, the function is transformers' own SDPA
 attention with its own masks, so padded batches stay right.
 
-`dense_mask` defines what `spans` mean. `helpsteer_rloo.model.shared_prefix_cpu` and `…shared_prefix_flex` (CUDA) are
-the fast ways there, and `attend_by_blocks` the plain one, for any other device.
+`dense_mask` defines what `spans` mean. `helpsteer_rloo.model.shared_prefix_cpu`, `…short_prefix_cpu` (rows of short
+sequences) and `…shared_prefix_flex` (CUDA) are the fast ways there, and `attend_by_blocks` the plain one, for any other
+device.
 """
 
 from collections.abc import Generator, Sequence
@@ -21,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from helpsteer_rloo.model import shared_prefix_cpu, shared_prefix_flex
+from helpsteer_rloo.model import shared_prefix_cpu, shared_prefix_flex, short_prefix_cpu
 from helpsteer_rloo.packing import Span
 
 SHARED_PREFIX = "shared_prefix"
@@ -94,6 +95,8 @@ def shared_prefix_attention(  # noqa: PLR0913 - transformers' signature
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
     device = query.device.type
+    if device == "cpu" and short_prefix_cpu.is_short(spans):
+        return short_prefix_cpu.attend(query, key, value, spans, scaling)
     if device == "cpu" and shared_prefix_cpu.supported():
         return shared_prefix_cpu.attend(query, key, value, spans, scaling)
     if device == "cuda":

@@ -1,11 +1,14 @@
+import os
+import signal
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from helpsteer_rloo.evaluation import stock_scores
 from helpsteer_rloo.evaluation.preference import Judgement, ScoredResponse, judge, spread_sample, summarize
-from helpsteer_rloo.evaluation.reload import check_reload
+from helpsteer_rloo.evaluation.reload import check_reload, fresh_process
 from helpsteer_rloo.groups import Message, Preference, TokenGroup
 from helpsteer_rloo.model.forward import score_sequences
 from helpsteer_rloo.model.loading import Base
@@ -78,6 +81,29 @@ def test_a_reward_model_that_reloads_with_another_head_is_refused(reward_model, 
     changed = score_sequences(reward_model, sequences, 1)
     with pytest.raises(ValueError, match="does not give the scores of the one in memory"):
         check_reload(tmp_path, sequences, changed, asdict(Base("x")))
+
+
+def test_a_process_that_was_started_ahead_gives_the_same_answer(reward_model, tmp_path):
+    sequences = [[5, 6, 7], [8, 9]]
+    with fresh_process(stock_scores) as process:
+        reward_model.save_pretrained(tmp_path)
+        expected = score_sequences(reward_model, sequences, 1)
+        assert check_reload(tmp_path, sequences, expected, asdict(Base("x")), process=process) <= 1e-5
+
+
+def test_a_process_that_is_not_asked_ends_with_its_context():
+    with fresh_process(stock_scores) as process:
+        pid = process.pid
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_process_that_died_before_it_was_asked_is_no_proof(tmp_path):
+    with fresh_process(stock_scores) as process:
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(ValueError, match="does not load in a fresh process"):
+            check_reload(tmp_path, [[5]], [0.0], asdict(Base("x")), process=process)
 
 
 def test_a_directory_that_does_not_load_is_refused(tmp_path):

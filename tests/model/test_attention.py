@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model import shared_prefix_cpu
+from helpsteer_rloo.model import shared_prefix_cpu, short_prefix_cpu
 from helpsteer_rloo.model.attention import (
     SHARED_PREFIX,
     attend_by_blocks,
@@ -141,7 +141,7 @@ def under_dense_mask(query, key, value, spans, scaling):
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
 
 
-@pytest.mark.parametrize("attend", [shared_prefix_cpu.attend, attend_by_blocks])
+@pytest.mark.parametrize("attend", [shared_prefix_cpu.attend, short_prefix_cpu.attend, attend_by_blocks])
 @pytest.mark.parametrize("spans", EDGES.values(), ids=EDGES.keys())
 def test_every_way_to_attend_meets_the_dense_mask(spans, attend):
     inputs = draw(spans)
@@ -157,6 +157,7 @@ def test_every_way_to_attend_meets_the_dense_mask(spans, attend):
 def test_the_cpu_is_served_with_and_without_its_kernels(monkeypatch, supported):
     calls = []
     monkeypatch.setattr(shared_prefix_cpu, "supported", lambda: supported)
+    monkeypatch.setattr(short_prefix_cpu, "SHORT", 0)
     plan_row, spans = shared_prefix_cpu.plan_row, EDGES["mixed"]
     monkeypatch.setattr(shared_prefix_cpu, "plan_row", lambda spans: calls.append(spans) or plan_row(spans))
     inputs = draw(spans)

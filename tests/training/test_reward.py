@@ -160,22 +160,13 @@ def test_the_stock_program_imports_nothing_of_this_project(tiny_base, tokenizer,
     trainer.train()
     trainer.save_model(str(tmp_path))
     ids = [[5, 6, 7, 8], [9, 10]]
-    (tmp_path / "ids.json").write_text(json.dumps(ids))
-    (tmp_path / "base.json").write_text(json.dumps(asdict(Base(str(tiny_base)))))
+    asked = {"directory": str(tmp_path), "sequences": ids, "base": asdict(Base(str(tiny_base)))}
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
         "print(any(name.startswith('helpsteer_rloo') for name in sys.modules))"
     )
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        code,
-        stock_scores.__file__,
-        str(tmp_path),
-        str(tmp_path / "ids.json"),
-        str(tmp_path / "base.json"),
-    ]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    command = [sys.executable, "-I", "-c", code, stock_scores.__file__]
+    done = subprocess.run(command, input=json.dumps(asked) + "\n", capture_output=True, text=True, check=True)
+    lines = done.stdout.strip().splitlines()
     assert lines[-1] == "False"
     assert json.loads(lines[-2]) == pytest.approx(score_sequences(trainer.model.eval(), ids, 1), abs=1e-5)
