@@ -15,7 +15,7 @@ from helpsteer_rloo.data.sources import RawRow
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.identity import model_identity
 from helpsteer_rloo.parsing import named_positions, parse_command
-from helpsteer_rloo.playing import Play, PlayKnobs, check_play, open_play
+from helpsteer_rloo.playing import Play, PlayKnobs, check_play, open_play, policy_of
 from helpsteer_rloo.run_dir import locked
 from helpsteer_rloo.score_command import check_finite, check_output, html_entities_of
 
@@ -97,13 +97,11 @@ def run_best_of(settings: Settings[BestOfKnobs]) -> None:
 
 
 def _play(own: BestOfKnobs) -> Play:
-    from helpsteer_rloo.policy_record import read_policy_or_model
-
-    source = read_policy_or_model(own.policy_dir, "--policy_dir", trusted=own.trust_remote_code)
+    source = policy_of(own)
     judge = Path(own.reward_model_dir) if own.reward_model_dir else source.judge("reward_model")
     if judge is None:
         raise ValueError("--reward_model_dir is missing: no reward model of this policy's training is there.")
-    return open_play(own, {"reward": ("--reward_model_dir", judge)})
+    return open_play(own, source, {"reward": ("--reward_model_dir", judge)})
 
 
 def _asked(own: BestOfKnobs, play: Play) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from helpsteer_rloo.chat_session import Side
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.parsing import parse_command
-from helpsteer_rloo.playing import Play, PlayKnobs, check_play, open_play
+from helpsteer_rloo.playing import Play, PlayKnobs, check_play, open_play, policy_of
 
 if TYPE_CHECKING:
     from helpsteer_rloo.chat_screen import Screen
@@ -76,14 +76,12 @@ def run_chat(settings: Settings[ChatKnobs]) -> None:
 
 
 def _play(own: ChatKnobs) -> Play:
-    from helpsteer_rloo.policy_record import read_policy_or_model
-
-    source = read_policy_or_model(own.policy_dir, "--policy_dir", trusted=own.trust_remote_code)
+    source = policy_of(own)
     given = {"reward": own.reward_model_dir, "guard": own.guard_dir}
     trained_with = {"reward": source.judge("reward_model"), "guard": source.judge("guard_reward_model")}
     flags = {"reward": "--reward_model_dir", "guard": "--guard_dir"}
     judges = {role: Path(name) if name else trained_with[role] for role, name in given.items()}
-    return open_play(own, {role: (flags[role], directory) for role, directory in judges.items()})
+    return open_play(own, source, {role: (flags[role], directory) for role, directory in judges.items()})
 
 
 def _voices(own: ChatKnobs, play: Play, screen: "Screen") -> "Mapping[Side, Voice]":

@@ -108,11 +108,21 @@ class Play:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, ends)
 
 
-def open_play(own: PlayKnobs, judges: Mapping[str, tuple[str, Path | None]]) -> Play:
+def policy_of(own: PlayKnobs) -> PolicySource:
+    """The policy that the flags name, or the plain model.
+
+    Raises:
+        ValueError: as `read_policy_or_model`.
+    """
+    return read_policy_or_model(own.policy_dir, "--policy_dir", trusted=own.trust_remote_code)
+
+
+def open_play(own: PlayKnobs, source: PolicySource, judges: Mapping[str, tuple[str, Path | None]]) -> Play:
     """Read what a policy and its judges are, and see whether they fit; no weights are loaded.
 
     Args:
         own: The flags.
+        source: The policy that they name.
         judges: By role the flag that names a reward model, and its directory if there is one.
 
     Raises:
@@ -122,7 +132,6 @@ def open_play(own: PlayKnobs, judges: Mapping[str, tuple[str, Path | None]]) -> 
     from helpsteer_rloo.model.loading import load_tokenizer
     from helpsteer_rloo.rendering import Renderer
 
-    source = read_policy_or_model(own.policy_dir, "--policy_dir", trusted=own.trust_remote_code)
     found = {role: directory for role, (_, directory) in judges.items() if directory is not None}
     records = {
         role: check_reward_model(directory, judges[role][0], trusted=own.trust_remote_code)

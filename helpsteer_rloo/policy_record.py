@@ -44,8 +44,8 @@ def read_policy(directory: str | Path, flag: str, *, trusted: bool) -> PolicySou
     """A trained policy of this project.
 
     Raises:
-        ValueError: there is none, its record is damaged, the model that its adapter stands on is gone, or that runs
-            code of its own and the user did not allow it.
+        ValueError: there is none, its record is damaged, or its base runs code of its own and the user did not allow
+            it.
     """
     source = Path(directory)
     record = read_record(source / POLICY_RECORD, {"base": dict, "adapter": bool})
@@ -55,29 +55,20 @@ def read_policy(directory: str | Path, flag: str, *, trusted: bool) -> PolicySou
     check_base_record(source / POLICY_RECORD, base)
     if base.get("trust_remote_code") and not trusted:
         raise ValueError(f"The policy's base {_TRUST}")
-    if record["adapter"] and is_gone(base["name"]):
-        raise ValueError(
-            f"{flag} {source} is an adapter, and the model that it stands on, {base['name']}, is not there. Put that "
-            f"back, or write where it is now to base.name in {source / POLICY_RECORD}."
-        )
     return PolicySource(source, base, record["adapter"], record)
-
-
-def is_gone(name: str) -> bool:
-    """Whether a name is the path of a directory that is not there (and no id of the hub)."""
-    path = Path(name)
-    return path.is_absolute() and not path.is_dir()
 
 
 def read_policy_or_model(directory: str | Path, flag: str, *, trusted: bool) -> PolicySource:
     """A trained policy, or a plain model as it lies in a directory, its weights held in their own type.
 
     Raises:
-        ValueError: as `read_policy`, or there is no model.
+        ValueError: as `read_policy`; there is no model; or an adapter's base is gone.
     """
     source = Path(directory)
     if (source / POLICY_RECORD).exists():
-        return read_policy(source, flag, trusted=trusted)
+        policy = read_policy(source, flag, trusted=trusted)
+        _require_base(policy, flag)
+        return policy
     config = read_json(source / "config.json")
     if config is None:
         raise ValueError(f"{flag} {source}: neither a policy of this project ({POLICY_RECORD}) nor a model is there.")
@@ -86,3 +77,12 @@ def read_policy_or_model(directory: str | Path, flag: str, *, trusted: bool) -> 
     dtype = config.get("dtype") or config.get("torch_dtype")
     base = {"name": str(source), "dtype": dtype if dtype in DTYPES else "float32", "trust_remote_code": trusted}
     return PolicySource(source, base)
+
+
+def _require_base(policy: PolicySource, flag: str) -> None:
+    name = Path(policy.base["name"])
+    if policy.adapter and name.is_absolute() and not name.is_dir():  # else a directory that is there, or the hub's
+        raise ValueError(
+            f"{flag} {policy.directory} is an adapter, and the model that it stands on, {name}, is not there. Put that "
+            f"back, or write where it is now to base.name in {policy.directory / POLICY_RECORD}."
+        )
