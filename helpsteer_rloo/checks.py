@@ -81,7 +81,7 @@ def _check_trackers(report_to: Any) -> None:
         if tracker in ("none", "all"):
             continue
         if tracker not in _TRACKERS:
-            raise ValueError(f"--report_to: {unknown_name(tracker, [*_TRACKERS, 'none', 'all'], 'tracker')}.")
+            raise ValueError(f"--report_to: {unknown_name(tracker, [*_TRACKERS, 'none', 'all'], 'tracker')}")
         package = _TRACKERS[tracker]
         if importlib.util.find_spec(package) is None:
             raise ValueError(
