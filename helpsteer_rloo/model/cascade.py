@@ -22,6 +22,9 @@ from helpsteer_rloo.sizes import ROW_TOKENS
 
 BLOCK_COST = 2048
 """What computing some prompts apart from others costs in each step, in tokens of padding."""
+OWN_MULTIPLE = 32
+"""Keys of a row's own are seen in multiples of this, those behind the last token hidden: oneDNN, which computes half
+precision on CPUs, makes a program for every new shape of a product, which takes it longer than some layers."""
 FIRST_TOKENS = 128
 """Tokens that a row's own cache has room for at first; it is doubled when it is full."""
 
@@ -145,7 +148,7 @@ class Decode:
         queries_RHQE = query.reshape(rows, key.shape[1], -1, size) * scale
         counts = [block.rows for block in self._blocks]
         parts = zip(*(x.split(counts) for x in (queries_RHQE, *self._append(index, key, value))), strict=True)
-        outputs = [block.attend(index, *part) for block, part in zip(self._blocks, parts, strict=True)]
+        outputs = [block.attend(index, self._step + 1, *part) for block, part in zip(self._blocks, parts, strict=True)]
         return torch.cat(outputs).reshape(rows, 1, heads, size)
 
     def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +160,8 @@ class Decode:
             self._own[index] = cast(Any, tuple(_grown(cache, room) for cache in self._own[index]))
         keys, values = self._own[index]
         keys[:, :, self._step], values[:, :, self._step] = key[:, :, 0], value[:, :, 0]
-        return keys[:, :, : self._step + 1], values[:, :, : self._step + 1]
+        seen = min(-(-(self._step + 1) // OWN_MULTIPLE) * OWN_MULTIPLE, keys.shape[2])
+        return keys[:, :, :seen], values[:, :, :seen]
 
 
 class _Block:
@@ -213,8 +217,8 @@ class _Block:
                 )
         return _Block(caches, lengths, [counts[group] for group in left])
 
-    def attend(self, index: int, queries_RHQE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor) -> Tensor:
-        """Attention of scaled queries to prompts and to the rows' own keys in one layer, `[R, H, Q, E]`.
+    def attend(self, index: int, own: int, queries_RHQE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor) -> Tensor:
+        """Attention of scaled queries to prompts and to the first `own` of the rows' own keys, `[R, H, Q, E]`.
 
         Rows stay apart as prompts and places where every prompt has equally many, which saves copies.
         """
@@ -222,11 +226,12 @@ class _Block:
         shared = self._by_prompt(queries_RHQE.unflatten(0, self._rows)) @ prompt_keys
         if self._bias_X1T is not None:
             shared += self._bias_X1T
-        own = (queries_RHQE @ keys_RHTE.transpose(2, 3)).unflatten(0, self._rows)
-        weights = torch.cat([self._by_row(shared, own), own], dim=-1).softmax(-1)
-        on_prompt, on_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+        scores = (queries_RHQE @ keys_RHTE.transpose(2, 3)).unflatten(0, self._rows)
+        scores[..., own:] = -torch.inf
+        weights = torch.cat([self._by_row(shared, scores), scores], dim=-1).softmax(-1)
+        on_prompt, on_own = weights.split([shared.shape[-1], scores.shape[-1]], dim=-1)
         from_own = (on_own.flatten(0, -4) @ values_RHTE).unflatten(0, self._rows)
-        return (from_own + self._by_row(self._by_prompt(on_prompt) @ prompt_values, own)).view(queries_RHQE.shape)
+        return (from_own + self._by_row(self._by_prompt(on_prompt) @ prompt_values, scores)).view(queries_RHQE.shape)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """What belongs to rows, side by side for each prompt: `[*rows, H, Q, X]` to `[G·H, S·Q, X]`."""
@@ -243,7 +248,7 @@ class _Block:
 
 def _room(new: Tensor, tokens: int) -> Tensor:
     rows, heads, _, size = new.shape
-    return new.new_empty(rows, heads, tokens, size)
+    return new.new_zeros(rows, heads, tokens, size)
 
 
 def _grown(cache: Tensor, tokens: int) -> Tensor:

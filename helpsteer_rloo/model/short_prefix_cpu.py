@@ -59,7 +59,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
         raise ValueError(f"Spans that lie side by side cover a row of {query.shape[2]} tokens; these do not: {spans}.")
     plan = plan_row(tuple(spans), query.shape[1], key.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Attend.apply(query, key, value, plan, scaling)
+    with torch.autocast("cpu", enabled=False):  # under which products are computed in half precision
+        return _Attend.apply(query, key, value, plan, scaling)
 
 
 class Batch(NamedTuple):

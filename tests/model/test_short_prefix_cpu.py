@@ -60,6 +60,15 @@ def test_lower_precision_stays_close(dtype):
         assert (x.double() - y).abs().max() <= tolerance * max(1, y.abs().max().item())
 
 
+def test_autocast_changes_nothing():
+    spans = spans_of(ROWS["ragged"])
+    inputs = draw(spans, 4, 2, 16, torch.bfloat16)
+    expected = with_gradients(attend, inputs, spans, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(*inputs[:3], spans, None)
+    assert torch.equal(out, expected[0])
+
+
 def test_any_memory_layout_is_read_and_the_bits_are_the_same_every_time():
     spans = spans_of(ROWS["ragged"])
     inputs = draw(spans, 4, 2, 8, torch.float32)
