@@ -1,4 +1,4 @@
-"""When to stop RLOO: whether the reward still means anything, from what was measured along the run. Pure functions.
+"""When to stop RLOO: whether the reward still means anything, from what was measured along the run.
 
 A policy that goes on against a reward model comes to where the reward rises and quality falls (Gao, Schulman & Hilton
 2023, arXiv 2210.10760). A second reward model, of other data and another seed, the guard, shows when that begins.
@@ -7,8 +7,10 @@ A policy that goes on against a reward model comes to where the reward rises and
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.run_dir import read_steps
 from helpsteer_rloo.statistics import Estimate, mean
 
 IN_A_ROW = 2
@@ -94,6 +96,18 @@ class Alarm:
     step: int
     sentence: str
     acts: bool
+
+
+def read_watched(directory: Path) -> list[Watched]:
+    """What was measured along a run, in the order of the steps.
+
+    Raises:
+        ValueError: a file is damaged, or a row lacks a number.
+    """
+    try:
+        return [watched(step, rows) for step, rows in read_steps(directory).items() if rows]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory}: a row has no {error}") from None
 
 
 def best_of(history: Sequence[Watched], max_kl: float | None = None) -> Watched:

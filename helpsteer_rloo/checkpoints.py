@@ -11,11 +11,14 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import Any
 
-from helpsteer_rloo.run_dir import write_json
+from helpsteer_rloo.run_dir import read_json, write_json
 
 SEAL = "sealed.json"
 """In a checkpoint: size and SHA-256 of every other file of it, by its path there."""
+TRAINER_STATE = "trainer_state.json"
+"""In a checkpoint: where the trainer was, and what it had logged."""
 
 
 _WEIGHTS = ("*model*.safetensors", "*model*.bin", "pytorch_model_fsdp*/*", "global_step*/*")
@@ -113,6 +116,16 @@ def _tells_of_a_full_disk(error: Exception) -> bool:
 def step_of(checkpoint: Path) -> int:
     """The optimizer step of a checkpoint, by its name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def logged(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a training had logged by a checkpoint, as transformers keeps it there: each time a row, with its `step`.
+
+    Raises:
+        ValueError: the file that holds it is damaged.
+    """
+    history = (read_json(checkpoint / TRAINER_STATE) or {}).get("log_history")
+    return [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
 
 
 def _by_step(directory: Path) -> list[Path]:

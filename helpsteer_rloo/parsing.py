@@ -50,14 +50,24 @@ def parse_command(
         parser.error(str(error))
 
 
+def split_positions(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands on the command line before any flag, and the rest.
+
+    >>> split_positions(["runs/a", "runs/b", "--output", "both.html"])
+    (['runs/a', 'runs/b'], ['--output', 'both.html'])
+    """
+    first = next((place for place, token in enumerate(argv) if token.startswith("-")), len(argv))
+    return list(argv[:first]), list(argv[first:])
+
+
 def named_positions(argv: Sequence[str], names: Sequence[str]) -> list[str]:
     """What stands on the command line before any flag, as flags of these names.
 
     >>> named_positions(["8", "rows.jsonl", "--seed", "1"], ["n", "input"])
     ['--n=8', '--input=rows.jsonl', '--seed', '1']
     """
-    first = next((place for place, token in enumerate(argv) if token.startswith("-")), len(argv))
-    named = [f"--{name}={value}" for name, value in zip(names, argv[:first], strict=False)]
+    positions, _ = split_positions(argv)
+    named = [f"--{name}={value}" for name, value in zip(names, positions, strict=False)]
     return [*named, *argv[len(named) :]]
 
 

@@ -46,7 +46,7 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     for directory in made:
         refuse_foreign(Path(directory))
     with reported(run), _only_process(run, *made):
-        _record_start(run, {"reward": settings.describe()})
+        _record_start(run, {"reward": settings.describe()}, ["data", *_reward_stage_names(settings.own.ensemble)])
         stages = [data_stage(run, context), *_reward_stages(run, settings, context)]
         _check_fit(settings, "reward", run, stages)
         _announce(run, [stage.name for stage in stages])
@@ -70,13 +70,19 @@ def _reward_stages(run: RunDir, settings: Settings[RewardKnobs], context: DataCo
     return stages
 
 
+def _reward_stage_names(count: int) -> list[str]:
+    """Names of the stages that make and verify so many reward models."""
+    models = [reward_stage_name(number) for number in range(1, count + 1)]
+    return [name for model in models for name in (model, verification_name(model))]
+
+
 def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     """`rloo_helpsteer_training.py`: data and RLOO; the record is kept beside the policy."""
     run, context = _record_beside(settings.own.output_dir), data_context(settings)
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
     with reported(run), _only_process(run, settings.own.output_dir):
-        _record_start(run, {"rloo": settings.describe()})
+        _record_start(run, {"rloo": settings.describe()}, ["data", "rloo"])
         stages = [data_stage(run, context), rloo_stage(settings, context)]
         _check_fit(settings, "rloo", run, stages)
         _announce(run, [stage.name for stage in stages])
@@ -115,12 +121,11 @@ def _record_beside(output_dir: str) -> RunDir:
     return RunDir(path.with_name(path.name + ".run"))
 
 
-def _record_start(run: RunDir, settings: Mapping[str, Any]) -> None:
-    """Write down what the run was started with, for those who look at it while it goes on and afterwards."""
+def _record_start(run: RunDir, settings: Mapping[str, Any], stages: Sequence[str]) -> None:
+    """Write down what the run was started with and for, to be looked at while it goes on and afterwards."""
     if is_main_process():
-        write_json(
-            run.start, {"command": command_line(sys.argv), "settings": dict(settings), "provenance": provenance()}
-        )
+        what = {"command": command_line(sys.argv), "settings": dict(settings), "stages": list(stages)}
+        write_json(run.start, {**what, "provenance": provenance()})
 
 
 @contextmanager
@@ -212,7 +217,7 @@ def run_pipeline(
     for directory in made:
         refuse_foreign(Path(directory))
     with reported(run), _only_process(run, *made):
-        _record_start(run, _described(settings))
+        _record_start(run, _described(settings), [*(stage.name for stage in before), *stage_names(settings)])
         _run_all(settings, run, before, gold)
 
 
@@ -259,8 +264,7 @@ def stage_names(settings: PipelineSettings) -> list[str]:
     """Names of the stages of a run in order, known before the data and models are there that the stages are made of."""
     own, names = settings.own, ["data"]
     if not own.rloo_only:
-        models = [reward_stage_name(number) for number in range(1, settings.reward.own.ensemble + 1)]
-        names += [name for model in models for name in (model, verification_name(model))]
+        names += _reward_stage_names(settings.reward.own.ensemble)
     if settings.guard:
         names += ["guard", verification_name("guard")]
     return names if own.reward_model_only else [*names, "rloo", "evaluation"]

@@ -1,6 +1,10 @@
-"""Which of several processes this is, as the launchers (`accelerate launch`, `torchrun`) tell it."""
+"""Which of several processes this is, as the launchers (`accelerate launch`, `torchrun`) tell it; and its memory."""
 
 import os
+import re
+import resource
+import sys
+from pathlib import Path
 
 
 def is_main_process() -> bool:
@@ -23,3 +27,18 @@ def launched_sharding() -> str:
 def launched_precision() -> str:
     """The mixed precision that the launcher was asked for; "no" if none, as in this project's configurations."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def peak_memory() -> int:
+    """Most bytes held so far: what torch has allocated on this process's GPU, or the resident set if it uses none.
+
+    The latter from /proc where there is one: what `getrusage` tells begins with the size of the parent process.
+    """
+    torch = sys.modules.get("torch")  # not imported for this
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    text = status.read_text(encoding="ascii", errors="replace") if status.exists() else ""
+    if found := re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

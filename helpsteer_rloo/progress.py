@@ -1,13 +1,9 @@
 """What is known of a run from its events, and how it looks: as a block of a terminal, a line of a log, or JSON."""
 
 import math
-import re
-import resource
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helpsteer_rloo.events import Event, Measured, Progressed, RunFinished, RunPlanned, StageBegan, StageEnded
+from helpsteer_rloo.processes import peak_memory
 
 _WINDOW = 64
 _APART = 1.0
@@ -80,7 +77,7 @@ class RunState:
 
     def take(self, event: Event, now: float) -> bool:
         """Learn from an event; whether it is new, which a stage that is told again to be finished is not."""
-        self.memory = memory_bytes()  # here, and not where it is drawn: that thread may meet a half imported torch
+        self.memory = peak_memory()  # here, and not where it is drawn: that thread may meet a half imported torch
         match event:
             case RunPlanned():
                 self.stages, self.earlier = event.stages, event.earlier_seconds
@@ -162,21 +159,6 @@ def kind_of(stage: str) -> str:
 def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Those of the metrics that are numbers."""
     return {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and math.isfinite(value)}
-
-
-def memory_bytes() -> int:
-    """Most memory held so far: what torch has allocated on this process's GPU, else the process's resident set.
-
-    The latter from /proc where there is one: what `getrusage` tells begins with the size of the parent process.
-    """
-    torch = sys.modules.get("torch")  # not imported for this
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---- for people -----------------------------------------------------------------------------------------------------

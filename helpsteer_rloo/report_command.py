@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpsteer_rloo.config import CommandSpec, Settings
 from helpsteer_rloo.console import say
-from helpsteer_rloo.parsing import parse_command
+from helpsteer_rloo.parsing import parse_command, split_positions
 from helpsteer_rloo.run_dir import RunDir, locked, require_writable, write_text
 
 
@@ -35,10 +35,8 @@ REPORT = CommandSpec(
 
 def parse_report(argv: Sequence[str] | None = None) -> Settings[ReportKnobs]:
     """Read the runs' directories and the flags of the command."""
-    given = list(argv or ())
-    count = next((place for place, word in enumerate(given) if word.startswith("-")), len(given))
-    runs = ["--runs", *given[:count]] if count else []
-    return parse_command(REPORT, [*runs, *given[count:]], checks=[check_report])
+    runs, flags = split_positions(argv or ())
+    return parse_command(REPORT, [*(["--runs", *runs] if runs else []), *flags], checks=[check_report])
 
 
 def check_report(settings: Settings[ReportKnobs]) -> None:
@@ -57,12 +55,15 @@ def run_report(settings: Settings[ReportKnobs]) -> None:
     """Write the page, and say where it is.
 
     Raises:
-        ValueError: a directory holds no run, a file of one is damaged, or the page cannot be written.
+        ValueError: a directory holds no run, or the same as another; a file of one is damaged; or the page cannot be
+            written.
     """
     from helpsteer_rloo.report.collect import find_run
 
     own = settings.own
     runs = [find_run(name) for name in own.runs]
+    if len({run.root.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"{', '.join(own.runs)}: a run is given twice; give each once.")
     target = Path(own.output) if own.output else runs[0].report if len(runs) == 1 else Path("report.html")
     require_writable(target, "--output")
     alone = locked(runs[0].report_lock, target) if target == runs[0].report else nullcontext()
@@ -73,8 +74,9 @@ def run_report(settings: Settings[ReportKnobs]) -> None:
 
 def page_of(runs: Sequence[RunDir]) -> str:
     """The page of some runs, as they are now."""
-    from helpsteer_rloo.report.collect import collect
+    from helpsteer_rloo.report.collect import collect, distinct_names
     from helpsteer_rloo.report.page import render
 
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return render([collect(run, now) for run in runs])
+    names = distinct_names([run.root for run in runs])
+    return render([collect(run, now, name) for run, name in zip(runs, names, strict=True)])

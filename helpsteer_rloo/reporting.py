@@ -12,6 +12,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from helpsteer_rloo.console import say
+from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.run_dir import RunDir
 
@@ -23,6 +24,8 @@ LOOK = 2.0
 """Seconds between two looks at whether a stage has ended."""
 LONGEST = 300.0
 """Seconds after which a report is given up."""
+LONGEST_WHEN_STOPPED = 10.0
+"""The same where the run was asked to stop: whoever asked waits, and ends it before long."""
 RUNNING = b'data-state="running"'
 """In the first lines of the page of a run that goes on."""
 
@@ -46,10 +49,10 @@ def reported(run: RunDir) -> Generator[None]:
     except KeyboardInterrupt:
         writer.end(thread)
         raise
-    except BaseException:
+    except BaseException as error:
         writer.end(thread)
         if _markers(run) != before:
-            writer.write()
+            writer.write(LONGEST_WHEN_STOPPED if isinstance(error, Stopped) else None)
         raise
     writer.end(thread)
     if _markers(run) != before or not _is_final(run.report):
@@ -100,14 +103,14 @@ class _Writer:
         thread.join()
         self._ended.clear()
 
-    def write(self) -> None:
-        """Write it once; what goes wrong is said, and said once."""
-        problem = self._attempt()
+    def write(self, longest: float | None = None) -> None:
+        """Write it once, in at most so many seconds; what goes wrong is said, and said once."""
+        problem = self._attempt(LONGEST if longest is None else longest)
         if problem and problem != self._told:
             say(f"WARNING: the report could not be written: {problem}")
         self._told = problem or self._told
 
-    def _attempt(self) -> str | None:
+    def _attempt(self, longest: float) -> str | None:
         nice = [found, "-n", "19"] if (found := shutil.which("nice")) else []
         command = [*nice, sys.executable, "-m", "helpsteer_rloo.cli", "report", str(self._run.root)]
         begin = time.monotonic()
@@ -119,9 +122,9 @@ class _Writer:
                 ) as process,
             ):
                 while process.poll() is None:
-                    if self._ended.wait(0.05) or time.monotonic() - begin > LONGEST:
+                    if self._ended.wait(0.05) or time.monotonic() - begin > longest:
                         process.kill()
-                        return None if self._ended.is_set() else f"it took more than {LONGEST:.0f} seconds."
+                        return None if self._ended.is_set() else f"it took more than {longest:g} seconds."
                 errors.seek(0)
                 lines = errors.read().strip().splitlines()
         except OSError as error:

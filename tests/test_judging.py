@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpsteer_rloo import cli
+from helpsteer_rloo.alarms import read_watched
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.model.forward import score_sequences
 from helpsteer_rloo.model.loading import load_reward_model
 from helpsteer_rloo.training.ledger import read_rollouts
 from helpsteer_rloo.training.scorer import EnsembleScorer
-from helpsteer_rloo.training.watch import read_watched
 from tests.test_pipeline import SMALL
 
 

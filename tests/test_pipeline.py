@@ -78,6 +78,7 @@ def test_the_summary_holds_everything(finished):
     assert "gold_before" not in policy
     stages = ["data", "reward_model", "verification", "rloo", "evaluation"]
     assert list(summary["seconds"]) == stages
+    assert json.loads((directory / "run.json").read_text())["stages"] == stages
     assert summary["provenance"]["trl"].startswith("1.16")
     adapter = "--use_peft" in arguments
     assert (directory / "reward_model" / "adapter_model.safetensors").exists() == adapter
@@ -240,6 +241,8 @@ def test_a_reward_model_no_better_than_chance_stops_the_run(tiny_base, rows_file
     assert "not significantly better than chance" in error
     assert "--allow_weak_reward_model goes on" in error
     assert not (tmp_path / "run" / "policy").exists()
+    found = collect(find_run(str(tmp_path / "run")), "now")
+    assert (found.state, found.next_stage) == ("unfinished", "rloo")
 
 
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(command, tmp_path, capsys, monkeypatch):
@@ -340,6 +343,9 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     assert json.loads((policy / "policy.json").read_text())["training"]["episodes"] == 16
     assert len(read_rollouts(policy / "rollouts")) == 16
     assert (tmp_path / "rm.run" / "data.json").exists()
+    for name, stages in (("rm", ["data", "reward_model", "verification"]), ("policy", ["data", "rloo"])):
+        assert json.loads((tmp_path / f"{name}.run" / "run.json").read_text())["stages"] == stages
+        assert collect(find_run(str(tmp_path / name)), "now").state == "finished"
     capsys.readouterr()
     with pytest.raises(SystemExit):
         cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8", "--response_length=90"])

@@ -186,5 +186,5 @@ def _length_classes(lengths: Sequence[int]) -> list[str]:
 
 def spread_sample(judgements: Sequence[Judgement], count: int) -> list[Judgement]:
     """`count` judgements at even distances through the held-out pairs, so that no choice is made by result."""
-    step = max(1, len(judgements) // max(count, 1))
-    return list(judgements[::step][:count])
+    kept = min(count, len(judgements))
+    return [judgements[place * len(judgements) // kept] for place in range(kept)]

@@ -68,8 +68,9 @@ class Axes:
 
 
 def lines(series: Sequence[Line], axes: Axes) -> _Chart:
-    """Lines over a common horizontal axis."""
-    rows: list[dict[str, Any]] = [{"x": x, "y": y, "s": line.name} for line in series for x, y in line.points]
+    """Lines over a common horizontal axis, each through its points in the order that they are given in."""
+    points = [(line.name, *point) for line in series for point in line.points]
+    rows: list[dict[str, Any]] = [{"i": i, "x": x, "y": y, "s": name} for i, (name, x, y) in enumerate(points)]
     told = _series((line.name for line in series), axes)
     x = alt.X("x:Q", title=axes.x, axis=_axis(), scale=alt.Scale(nice=False, zero=False, padding=4))
     tiny = max((abs(row["y"]) for row in rows), default=1.0) < _TINY
@@ -78,10 +79,10 @@ def lines(series: Sequence[Line], axes: Axes) -> _Chart:
     y = alt.Y("y:Q", title=axes.y or None, axis=_axis(**({"format": ".1e"} if tiny else {})), scale=scale)
     marks = axes.marks or max(len(line.points) for line in series) < 2
     base = alt.Chart(_data(rows)).encode(x=x, y=y, color=told.colour())
-    line = base.mark_line(strokeWidth=2, strokeJoin="round")
+    line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(order="i:Q")
     if marks:
-        points = base.mark_point(filled=True, size=36, opacity=1).encode(shape=told.told_by(alt.Shape, _MARKS))
-        drawn: _Chart = line + points
+        dotted = base.mark_point(filled=True, size=36, opacity=1).encode(shape=told.told_by(alt.Shape, _MARKS))
+        drawn: _Chart = line + dotted
     else:
         drawn = line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES))
     return _sized(drawn if axes.rule is None else _horizontal(axes.rule) + drawn)

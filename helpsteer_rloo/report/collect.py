@@ -2,13 +2,14 @@
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from helpsteer_rloo.alarms import Alarm, Watched, alarms, watched
-from helpsteer_rloo.checkpoints import step_of
+from helpsteer_rloo.alarms import Alarm, Watched, alarms, read_watched
+from helpsteer_rloo.checkpoints import TRAINER_STATE, logged, step_of
 from helpsteer_rloo.config import REWARD, RLOO, CommandSpec
 from helpsteer_rloo.knobs import PipelineKnobs
 from helpsteer_rloo.report.fields import Node
@@ -36,7 +37,6 @@ from helpsteer_rloo.run_dir import (
     is_locked,
     read_json,
     read_lines,
-    read_steps,
 )
 
 T = TypeVar("T")
@@ -67,8 +67,20 @@ def find_run(given: str) -> RunDir:
     )
 
 
-def collect(run: RunDir, as_of: str) -> Run:
-    """Everything that a run's directory tells at a time.
+def distinct_names(roots: Sequence[Path]) -> list[str]:
+    """What runs are called side by side: a directory's own name, with as much of its path as tells it from the others.
+
+    >>> distinct_names([Path("/a/warn"), Path("/b/warn"), Path("/b/stop")])
+    ['a/warn', 'b/warn', 'stop']
+    """
+    parts = [root.resolve().parts for root in roots]
+    ends = [[tuple(own[-depth:]) for depth in range(1, len(own) + 1)] for own in parts]
+    taken = Counter(end for own in ends for end in own)
+    return [str(Path(*next((end for end in own if taken[end] == 1), own[-1]))) for own in ends]
+
+
+def collect(run: RunDir, as_of: str, name: str = "") -> Run:
+    """Everything that a run's directory tells at a time; its name is that of the directory, or the one given.
 
     Raises:
         ValueError: a file of a run that does not go on any more is damaged, with its name and the field.
@@ -80,10 +92,11 @@ def collect(run: RunDir, as_of: str) -> Run:
     models = tuple(reader.reward_models(names, settings))
     policy = reader.policy(names, settings)
     return Run(
-        name=run.root.resolve().name,
+        name=name or run.root.resolve().name,
         state=reader.state(names),
         as_of=as_of,
         stages=tuple(reader.stage_states(names)),
+        next_stage=reader.next_stage(names),
         command=str(reader.start.get("command") or ""),
         seed=_seed(settings),
         versions=_versions(reader.start.get("provenance")),
@@ -105,6 +118,7 @@ class _Trained:
 @dataclass(frozen=True)
 class _Ended:
     verdict: str = ""
+    action: str = ""
     rolled_back_to: int | None = None
 
 
@@ -139,16 +153,28 @@ class _Reader:
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
+    @property
+    def planned(self) -> list[str]:
+        """The stages that the run was started for, in order; none if it is older than this being written down."""
+        names = self.start.get("stages")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
     def stage_names(self) -> list[str]:
-        """Stages that have begun, in the order that they run in."""
+        """Stages that have begun, in the order that they run in, and not those of an earlier start with other ones."""
         files = self.run.stage("x").parent.glob("*.json")
-        return sorted({path.name.removesuffix(_STARTED).removesuffix(".json") for path in files}, key=_place)
+        begun = {path.name.removesuffix(_STARTED).removesuffix(".json") for path in files}
+        return [name for name in self.planned if name in begun] if self.planned else sorted(begun, key=_place)
+
+    def next_stage(self, names: Sequence[str]) -> str:
+        """The first stage that is planned and has not begun."""
+        return next((name for name in self.planned if name not in names), "")
 
     def state(self, names: Sequence[str]) -> State:
-        """Whether the run goes on, has ended, or was left in the middle."""
+        """Whether the run goes on, has ended, or was left in the middle or between two stages."""
         if self.goes_on:
             return "running"
-        return "finished" if names and all(self.run.stage(name).exists() for name in names) else "unfinished"
+        wanted = self.planned or names
+        return "finished" if wanted and all(self.run.stage(name).exists() for name in wanted) else "unfinished"
 
     def stage_states(self, names: Sequence[str]) -> Iterator[StageState]:
         """The stages, with the seconds of those that have ended."""
@@ -230,10 +256,8 @@ class _Reader:
         if problem and not self.goes_on:  # of one that goes on, the last line may be half written
             self.notes.append(problem.replace(f"{self.run.root}/", ""))
         if not rows:
-            states = sorted(directory.glob("checkpoint-*/trainer_state.json"), key=lambda path: step_of(path.parent))
-            found = self.part(lambda: read_json(states[-1])) if states else None
-            history = (found or {}).get("log_history")
-            rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+            states = sorted(directory.glob(f"checkpoint-*/{TRAINER_STATE}"), key=lambda path: step_of(path.parent))
+            rows = (self.part(lambda: logged(states[-1].parent)) if states else None) or []
         return Log(tuple(row for row in rows if isinstance(row.get("step"), int)))
 
     def samples(self, path: Path, read: Callable[[int, Mapping[str, Any], str], Sample]) -> tuple[Sample, ...]:
@@ -253,12 +277,13 @@ class _Reader:
         directory = self.directory("rloo", _setting(settings, "rloo", "output_dir"))
         trained = self.part(lambda: self.trained("rloo")) or _Trained()
         ended = (self.part(lambda: self.ended(directory)) if directory else None) or _Ended()
-        seen = (self.part(lambda: _watched(directory / WATCH)) if directory else None) or ()
+        seen = (self.part(lambda: tuple(read_watched(directory / WATCH))) if directory else None) or ()
         return Policy(
             log=self.log(directory),
             watched=seen,
             alarms=_alarms(seen, _setting(settings, "rloo", "max_kl")),
             verdict=ended.verdict,
+            action=ended.action,
             rolled_back_to=ended.rolled_back_to,
             steps=trained.steps,
             bad_steps=trained.bad_steps,
@@ -283,7 +308,7 @@ class _Reader:
             return None
         verdict = watch.maybe("verdict")
         back = watch.count("rolled_back_to") if watch.has("rolled_back_to") else None
-        return _Ended(verdict.text("sentence") if verdict else "", back)
+        return _Ended(verdict.text("sentence"), watch.text("action", ""), back) if verdict else _Ended()
 
     def policy_judged(self) -> PolicyJudged | None:
         """How the policy was judged, if it was."""
@@ -299,13 +324,6 @@ def _place(stage: str) -> tuple[int, str]:
 
 def _refuse(problem: str) -> None:
     raise ValueError(problem)
-
-
-def _watched(directory: Path) -> tuple[Watched, ...]:
-    try:
-        return tuple(watched(step, rows) for step, rows in read_steps(directory).items() if rows)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory}: a row has no {error}") from None
 
 
 def _alarms(history: Sequence[Watched], max_kl: object) -> tuple[Alarm, ...]:

@@ -87,12 +87,7 @@ def dot_figure(name: str, title: str, caption: str, rows: Sequence[Dot], axes: A
 
 
 def _cells(estimate: Estimate) -> tuple[str, str, str]:
-    return f"{estimate.value:.3f}", interval(estimate), str(estimate.count)
-
-
-def interval(estimate: Estimate) -> str:
-    """The interval of an estimate as it is shown; empty if it has none."""
-    return "" if None in estimate.interval() else f"{estimate.low:.3f} to {estimate.high:.3f}"
+    return f"{estimate.value:.3f}", estimate.brackets(), str(estimate.count)
 
 
 def distributions(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from helpsteer_rloo.report import charts
 from helpsteer_rloo.report.charts import Axes, Dot
-from helpsteer_rloo.report.figure import Figure, curves, distributions, dot_figure, histogram_rows, named, slug
+from helpsteer_rloo.report.figure import Figure, curves, distributions, dot_figure, histogram_rows, named
 from helpsteer_rloo.report.records import Histogram, RewardModel, Run
 
 Named = tuple[str, RewardModel]
@@ -84,8 +84,8 @@ def reward_figures(models: Sequence[Named]) -> Iterator[Figure]:
     yield from _reliability(models)
     yield from _biases(models)
     yield from _probes(models)
-    for name, model in models[:6]:
-        yield from _scores(name, model)
+    for number, (name, model) in enumerate(models[:6], start=1):
+        yield from _scores(number, name, model)
 
 
 def _accuracies(models: Sequence[Named]) -> Iterator[Figure]:
@@ -171,11 +171,9 @@ def _probes(models: Sequence[Named]) -> Iterator[Figure]:
     )
 
 
-def _scores(name: str, model: RewardModel) -> Iterator[Figure]:
+def _scores(number: int, name: str, model: RewardModel) -> Iterator[Figure]:
     pairs = [(pair.first.scores.get("score"), pair.second.scores.get("score")) for pair in model.pairs]
     rejected = [score for score, _ in pairs if score is not None]
     chosen = [score for _, score in pairs if score is not None]
     caption = f"By the {name}, of {len(pairs)} held-out pairs."
-    yield from distributions(
-        f"scores-{slug(name)}", f"Scores: {name}", caption, ("rejected", rejected), ("chosen", chosen)
-    )
+    yield from distributions(f"scores-{number}", f"Scores: {name}", caption, ("rejected", rejected), ("chosen", chosen))

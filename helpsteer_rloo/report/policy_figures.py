@@ -32,7 +32,7 @@ _METRICS: tuple[tuple[str, str, str], ...] = (
     ("sampler_gap/mean", "Sampler and trainer", "Mean difference of their log-probabilities of a token, in nats."),
     ("ensemble/disagreement", "Disagreement of the ensemble", ""),
     ("machine/step_seconds", "Seconds a step", ""),
-    ("machine/tokens_per_second", "Tokens a second", "Prompts and completions, on the main process."),
+    ("machine/tokens_per_second", "Tokens a second", "Prompts and completions, of all processes."),
 )
 
 
@@ -111,7 +111,7 @@ def _judged(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
     for column in ("reward", "guard", "gold"):
         yield from _best_of_n(policies, column)
     yield from _less_best_of_n(judged, several=len(policies) > 1)
-    for name, policy in policies:
+    for number, (name, policy) in enumerate(policies, start=1):
         for score, word in (("reward", "Reward"), ("gold", "True quality")):
             sides = [(s.first.scores.get(score), s.second.scores.get(score)) for s in policy.answers]
             before = [one for one, _ in sides if one is not None]
@@ -119,7 +119,7 @@ def _judged(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
             title = f"{word} of answers" + (f": {name}" if len(policies) > 1 else "")
             caption = f"{len(sides)} held-out prompts, the same seeds before and after."
             parts = (("before", before), ("after", after))
-            yield from distributions(f"answers-{score}-{slug(name)}", title, caption, *parts)
+            yield from distributions(f"answers-{score}-{number}", title, caption, *parts)
 
 
 def _less_best_of_n(judged: Sequence[tuple[str, PolicyJudged]], *, several: bool) -> Iterator[Figure]:

@@ -225,12 +225,16 @@ class PolicyJudged:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The policy: how its training went, what was seen along it, and how it was judged."""
+    """The policy: how its training went, what was seen along it, and how it was judged.
+
+    `verdict` is the sentence of the alarm that acts, and `action` what followed it: stop, rollback, or warn.
+    """
 
     log: Log = Log()
     watched: tuple[Watched, ...] = ()
     alarms: tuple[Alarm, ...] = ()
     verdict: str = ""
+    action: str = ""
     rolled_back_to: int | None = None
     steps: int | None = None
     bad_steps: int = 0
@@ -241,12 +245,16 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a run's directory tells; `notes` are about files that could not be read yet."""
+    """Everything that a run's directory tells; `notes` are about files that could not be read yet.
+
+    `next_stage` is the first one that is planned and has not begun; empty if there is none, or no plan.
+    """
 
     name: str
     state: State
     as_of: str
     stages: tuple[StageState, ...] = ()
+    next_stage: str = ""
     command: str = ""
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict[str, str])

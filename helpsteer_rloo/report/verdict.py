@@ -31,7 +31,8 @@ def _of_state(run: Run) -> Iterator[Sentence]:
     if run.state == "running":
         yield Sentence(f"It is still running, as of {run.as_of}.{stage}")
     elif run.state == "unfinished":
-        left = f" in the stage {', '.join(open_stages)}" if open_stages else ""
+        ahead = f" before the stage {run.next_stage.replace('_', ' ')}" if run.next_stage else ""
+        left = f" in the stage {', '.join(open_stages)}" if open_stages else ahead
         yield Sentence(f"It is not finished: it was left{left}. The same command goes on from there.", "look")
     for note in run.notes:
         yield Sentence(note, "look")
@@ -63,7 +64,8 @@ def _of_policy(policy: Policy) -> Iterator[Sentence]:
     if policy.verdict:
         back = policy.rolled_back_to
         after = "" if back is None else f" The policy is that of step {back}."
-        yield Sentence(f"The run was ended by an alarm: {policy.verdict}{after}", "look")
+        what = "An alarm was raised (the run went on)" if policy.action == "warn" else "The run was ended by an alarm"
+        yield Sentence(f"{what}: {policy.verdict}{after}", "look")
     for alarm in policy.alarms:
         if alarm.sentence not in policy.verdict:
             yield Sentence(f"Alarm at step {alarm.step}: {alarm.sentence}", "look")
@@ -80,7 +82,8 @@ def _of_policy(policy: Policy) -> Iterator[Sentence]:
             yield Sentence(text, "look" if fell else "good" if rose else "plain")
     rate = judged.win_rates["reward"]
     yield Sentence(f"By reward the trained policy's answer is better for {percent(rate)} of the prompts.")
-    yield Sentence(f"Its KL from the start is {judged.kl.value:.2f}{_brackets(judged.kl, '.2f')} nats a completion.")
+    kl = f"{judged.kl.value:.2f} {judged.kl.brackets('.2f')}".rstrip()
+    yield Sentence(f"Its KL from the start is {kl} nats a completion.")
 
 
 def percent(estimate: Estimate) -> str:
@@ -90,11 +93,7 @@ def percent(estimate: Estimate) -> str:
 
 
 def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f}{_brackets(estimate, '+.3f')}"
-
-
-def _brackets(estimate: Estimate, shape: str) -> str:
-    return "" if None in estimate.interval() else f" [{estimate.low:{shape}}, {estimate.high:{shape}}]"
+    return f"{estimate.value:+.3f} {estimate.brackets('+.3f')}".rstrip()
 
 
 Row = tuple[str, tuple[str, ...]]

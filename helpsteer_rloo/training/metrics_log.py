@@ -1,18 +1,15 @@
 """`metrics.jsonl`: what a training logs, kept beside its checkpoints, so that it can be looked at as it grows."""
 
 import os
-import re
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
-from helpsteer_rloo.checkpoints import step_of
+from helpsteer_rloo.checkpoints import logged, step_of
+from helpsteer_rloo.processes import peak_memory
 from helpsteer_rloo.run_dir import METRICS, json_lines, read_lines, write_text
 from helpsteer_rloo.training.ledger import number_or_none
 
@@ -24,9 +21,9 @@ class MetricsLog(TrainerCallback):
     """Appends every line that a trainer logs to `metrics.jsonl`, as JSON, with its `step`.
 
     What depends on the machine and the moment stands apart, in `machine`: `time` (seconds since 1970), `step_seconds`
-    (mean of the steps since the last line, without measurements and checkpoints between them), `tokens_per_second` and
-    `peak_memory_bytes` (of the GPU, without one of the process), all of the main process. The rest of the file is the
-    same whether a run was interrupted or not.
+    (mean of the steps since the last line, without measurements and checkpoints between them), `tokens_per_second` (of
+    all processes together) and `peak_memory_bytes` (of the GPU, without one of the process), the times and the memory
+    of the main process. The rest of the file is the same whether a run was interrupted or not.
 
     Args:
         path: Of the file.
@@ -36,15 +33,24 @@ class MetricsLog(TrainerCallback):
         self._path = path
         self._began = 0.0
         self._seconds: list[float] = []
-        self._last: dict[str, Any] = {}
+        self._counted: Mapping[str, Any] = {}
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Drop the lines behind the checkpoint that training goes on from, and a last one that was not finished."""
+        """Drop the lines behind the checkpoint that training goes on from, and a last one that was not finished.
+
+        A run that began without this file has the lines that its checkpoint keeps, without `machine`.
+        """
         step = step_of(checkpoint) if checkpoint else 0
-        rows = read_lines(self._path)[0] if checkpoint else []
+        rows = self._rows_so_far(checkpoint) if checkpoint else []
         kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
-        self._last = kept[-1] if kept else {}
+        self._counted = next((row for row in reversed(kept) if "num_tokens" in row), {})
         write_text(self._path, json_lines(kept))
+
+    def _rows_so_far(self, checkpoint: Path) -> list[dict[str, Any]]:
+        if self._path.exists():
+            return read_lines(self._path)[0]
+        rows = (row for row in logged(checkpoint) if _OF_A_WHOLE_CALL not in row)
+        return [{"step": row.get("step"), **{name: _plain(value) for name, value in row.items()}} for row in rows]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when a step begins."""
@@ -64,12 +70,14 @@ class MetricsLog(TrainerCallback):
             file.write(json_lines([row]))
             file.flush()
             os.fsync(file.fileno())
-        self._last, self._seconds = row, []
+        self._seconds = []
+        if "num_tokens" in metrics:  # which rows of an evaluation have not
+            self._counted = row
 
     def _machine(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float | None]:
         mean = sum(self._seconds) / len(self._seconds) if self._seconds else None
-        steps = step - self._last.get("step", 0)
-        tokens = metrics.get("num_tokens", 0) - self._last.get("num_tokens", 0)
+        steps = step - self._counted.get("step", 0)
+        tokens = metrics.get("num_tokens", 0) - self._counted.get("num_tokens", 0)
         rate = tokens / steps / mean if mean and steps and "num_tokens" in metrics else None
         return {
             "time": round(time.time(), 3),
@@ -87,20 +95,6 @@ def _plain(value: Any) -> Any:
         return number_or_none(float(value))
     except (TypeError, ValueError):
         return str(value)
-
-
-def peak_memory() -> int:
-    """Most bytes that this process held so far: on its GPU, or without one in memory (resident).
-
-    `ru_maxrss` begins with the size of the parent, so Linux's own counter is used where there is one.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def record_metrics(trainer: Trainer, checkpoint: Path | None) -> None:

@@ -1,6 +1,6 @@
 """A trainer that tells of its steps and metrics by events, in place of its own bars and prints."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ class _Reports(TrainerCallback):
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Tell of a batch of an evaluation, where its number of batches is known."""
-        if not state.is_world_process_zero or not hasattr(eval_dataloader, "__len__"):
+        if not state.is_world_process_zero or not isinstance(eval_dataloader, Sized):
             return
         if self._evaluation is None:
             self._evaluation = Task("evaluation", len(eval_dataloader), unit="batches", patience=PATIENCE)

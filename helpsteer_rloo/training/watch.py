@@ -10,13 +10,12 @@ from typing import Any, cast
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpsteer_rloo.alarms import COLUMNS, Watched, alarms, best_of, is_over, verdict, watched
+from helpsteer_rloo.alarms import COLUMNS, Watched, alarms, best_of, is_over, read_watched, verdict, watched
 from helpsteer_rloo.checkpoints import damage
 from helpsteer_rloo.events import Measured, publish
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.rollout import Completion, sequence_seed, supports_sampler
 from helpsteer_rloo.model.sharding import whole_weights
-from helpsteer_rloo.run_dir import read_steps
 from helpsteer_rloo.training.ledger import discard_rollouts_from, number_or_none, write_step
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
@@ -198,11 +197,6 @@ class PolicyWatch(TrainerCallback):
             {"prompt": prompt, "text": text, **{name: columns[name][place] for name in COLUMNS}}
             for place, (prompt, text) in enumerate(zip(prompt_of, texts, strict=True))
         ]
-
-
-def read_watched(directory: Path) -> list[Watched]:
-    """What was measured along a run, in the order of the steps."""
-    return [watched(step, rows) for step, rows in read_steps(directory).items()]
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from helpsteer_rloo import cli
+from helpsteer_rloo import cli, events
 from helpsteer_rloo.data.sources import BadRowError
 from helpsteer_rloo.evaluation.benchmarks.helpsteer3 import HELPSTEER3
 from helpsteer_rloo.evaluation.benchmarks.items import Item
@@ -430,3 +430,24 @@ def test_what_is_read_is_not_written_over(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.evaluate([*common[:2], *flags])
         assert says in capsys.readouterr().err
+
+
+def test_the_tasks_of_scoring_have_names_of_their_own(world, monkeypatch):
+    """What shows them tells the outer task from the inner one by that."""
+    monkeypatch.setattr(events, "PATIENCE", 0.0)
+    model, record = load_reward_model(world.reward)
+    renderer = Renderer(load_tokenizer(str(world.reward)), thinking=record["thinking"])
+    item = Item("i", (Message("user", "?"),), {"a": "oak", "b": "elm"}, {})
+    open_tasks, deepest = [], []
+
+    def hear(event):
+        if event.ended:
+            open_tasks.remove(event.task)
+        elif event.task not in open_tasks:
+            open_tasks.append(event.task)
+        deepest.append(tuple(open_tasks))
+
+    with events.subscribed(hear):
+        score_items(model, renderer, [item], 48, batch_size=4)
+    assert max(deepest, key=len) == ("scoring responses", "scoring")
+    assert open_tasks == []

@@ -109,3 +109,12 @@ def test_a_process_that_died_before_it_was_asked_is_no_proof(tmp_path):
 def test_a_directory_that_does_not_load_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not load in a fresh process"):
         check_reload(tmp_path, [[5]], [0.0], asdict(Base("x")))
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(950, 500), (501, 500), (7, 3), (3, 7)])
+def test_a_sample_reaches_to_the_end_with_distances_that_differ_by_one_at_the_most(rows, kept):
+    places = [j.group for j in spread_sample([judgement(i, 1.0) for i in range(rows)], kept)]
+    assert len(places) == min(rows, kept)
+    distances = [b - a for a, b in zip(places, [*places[1:], rows], strict=True)]
+    assert min(distances) >= 1
+    assert max(distances) - min(distances) <= 1

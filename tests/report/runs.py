@@ -226,10 +226,12 @@ SETTINGS = {
 }
 
 
-def start(root, settings=None):
+def start(root, settings=None, stages=None):
+    """What a run is started with; `stages` are those that it plans, which older runs do not say."""
     write_json(
         root / "run.json",
         {
+            **({} if stages is None else {"stages": stages}),
             "command": "helpsteer-rloo demo --seed 7",
             "settings": SETTINGS if settings is None else settings,
             "provenance": {"python": "3.11.7", "trl": "1.16.0", "commit": "abc123"},

@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from helpsteer_rloo.report.collect import MOST_SAMPLES, collect, find_run
+from helpsteer_rloo.report.collect import MOST_SAMPLES, collect, distinct_names, find_run
 from helpsteer_rloo.report.readings import LONGEST_TEXT
+from helpsteer_rloo.report.verdict import verdict
 from helpsteer_rloo.run_dir import RunDir, locked, write_json, write_text
 from tests.report.runs import answers, data_report, finish, heldout, json_text, make_run, mark, policy_log, start
 
@@ -176,3 +178,47 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there is no run here.*Give the directory that a run writes its record to"):
         find_run(str(tmp_path / "nothing"))
     assert find_run(str(make_run(tmp_path / "run") / "policy")) == RunDir(tmp_path / "run")
+
+
+PLANNED = ["data", "reward_model", "verification", "guard", "guard_verification", "rloo", "evaluation"]
+
+
+def test_a_run_that_was_left_between_two_stages_is_not_finished(run):
+    start(run, stages=PLANNED)
+    assert (read(run).state, read(run).next_stage) == ("finished", "")
+    (run / "stages" / "evaluation.json").unlink()
+    (run / "stages" / "rloo.json").unlink()
+    found = read(run)
+    assert (found.state, found.next_stage, found.policy) == ("unfinished", "rloo", None)
+    assert "It is not finished: it was left before the stage rloo." in verdict(found)[0].text
+    start(run)  # of an older run nothing more is known than what began
+    assert read(run).state == "finished"
+
+
+def test_stages_of_an_earlier_start_with_other_ones_are_not_shown(run):
+    finish(run, "reward_model_2", {"directory": "elsewhere/reward_model_2", "steps": 30, "bad_steps": 0})
+    start(run, stages=["data", "reward_model", "verification", "rloo", "evaluation"])
+    found = read(run)
+    assert [model.name for model in found.reward_models] == ["reward model"]
+    assert [stage.name for stage in found.stages] == ["data", "reward_model", "verification", "rloo", "evaluation"]
+    assert found.state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("action", "back", "said"),
+    [
+        ("warn", None, "An alarm was raised (the run went on): The guard fell."),
+        ("stop", None, "The run was ended by an alarm: The guard fell."),
+        ("rollback", 10, "The run was ended by an alarm: The guard fell. The policy is that of step 10."),
+    ],
+)
+def test_what_followed_an_alarm_is_said(run, action, back, said):
+    alarm = {"name": "overoptimization", "step": 20, "sentence": "The guard fell."}
+    watch = {"curve": [], "best_step": 10, "verdict": alarm, "action": action, "rolled_back_to": back}
+    write_json(run / "policy" / "policy.json", {"training": {"watch": watch}})
+    assert said in [sentence.text for sentence in verdict(read(run))]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths():
+    paths = ["/x/a/warn", "/x/b/warn", "/y/b/warn", "/x/stop"]
+    assert distinct_names([Path(path) for path in paths]) == ["a/warn", "x/b/warn", "y/b/warn", "stop"]

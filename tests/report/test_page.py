@@ -232,11 +232,11 @@ def test_long_logs_are_thinned_by_means():
 
 def test_the_numbers_behind_a_figure_are_those_of_the_run(run):
     figures = {figure.name: figure for figure in reward_figures([("m", run.reward_models[0])])}
-    assert ("general", "m", "0.800", "0.750 to 0.850", "200") in figures["accuracy-domain"].rows
+    assert ("general", "m", "0.800", "[0.750, 0.850]", "200") in figures["accuracy-domain"].rows
     assert ("m", "0.950", "0.970", "90") in figures["reliability"].rows
     assert ("m", "10", "0.35") in figures["reward-loss"].rows
-    assert ("longer: model", "m", "0.600", "0.500 to 0.700", "200") in figures["bias"].rows
-    assert sum(int(row[1]) for row in figures["scores-m"].rows) == 40
+    assert ("longer: model", "m", "0.600", "[0.500, 0.700]", "200") in figures["bias"].rows
+    assert sum(int(row[1]) for row in figures["scores-1"].rows) == 40
 
 
 def test_histograms_of_two_samples_share_their_bins():
@@ -255,3 +255,11 @@ def test_any_number_of_series_can_be_drawn(count):
         charts.bars([("row", name, 0.5) for name in names], Axes("x")),
     ):
         assert charts.svg(chart, "n", "t", "d").endswith("</svg>")
+
+
+def test_a_line_goes_through_its_points_in_their_order_also_where_x_goes_back():
+    chart = charts.lines([Line("a", [(0.0, 0.0), (2.0, 1.0), (1.0, 2.0)])], Axes("x", marks=True))
+    drawn = re.search(r'<path d="M([^"]*)"[^>]*stroke-width="2"', charts.svg(chart, "n", "t", "d"))[1]
+    x = [float(point.split(",")[0]) for point in drawn.split("L")]
+    assert x[0] < x[2] < x[1]
+    assert x[2] - x[0] == pytest.approx(x[1] - x[2], abs=0.01)

@@ -1,6 +1,7 @@
 """`helpsteer-rloo report`, and the report that a run keeps up to date."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ import time
 import pytest
 
 from helpsteer_rloo import cli, reporting
+from helpsteer_rloo.preemption import Stopped
+from helpsteer_rloo.report_command import page_of
 from helpsteer_rloo.reporting import reported
 from helpsteer_rloo.run_dir import RunDir, is_locked, locked, write_json
 from tests.report.runs import finish, make_run, make_small_run
@@ -167,3 +170,39 @@ def test_reports_can_be_switched_off(run, monkeypatch):
     with reported(RunDir(run)):
         finish(run, "another", {})
     assert not (run / "report.html").exists()
+
+
+def test_runs_of_one_name_are_two_in_the_page_and_no_id_is_there_twice(tmp_path):
+    roots = [make_run(tmp_path / name / "warn", count=8) for name in ("a", "a_", "a-")]
+    page = page_of([RunDir(root) for root in roots])
+    assert "a/warn and a_/warn and a-/warn" in page
+    assert "a/warn: reward" in page
+    identities = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identities) == len(set(identities))
+
+
+def test_a_run_by_two_names_is_refused(tmp_path, capsys):
+    run = make_run(tmp_path / "run", count=8)
+    with pytest.raises(SystemExit):
+        cli.report([str(run), str(run / "policy"), "--output", str(tmp_path / "both.html")])
+    assert "a run is given twice" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("error", "capped"), [(Stopped("asked to"), True), (ValueError("out of data"), False)])
+def test_the_last_report_of_a_run_that_was_stopped_is_given_up_soon(run, reporting_on, monkeypatch, error, capped):
+    monkeypatch.setattr(reporting, "LONGEST_WHEN_STOPPED", 0.1)
+    monkeypatch.setattr(reporting, "LONGEST", 0.4)
+    monkeypatch.setattr(reporting, "LOOK", 60.0)
+    popen, told = subprocess.Popen, []
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **more: popen(sleep, **more))
+    monkeypatch.setattr(reporting, "say", told.append)
+
+    def end():
+        finish(run, "another", {})
+        raise error
+
+    with pytest.raises(type(error)), reported(RunDir(run)):
+        end()
+    limit = "0.1" if capped else "0.4"
+    assert told == [f"WARNING: the report could not be written: it took more than {limit} seconds."]

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpsteer_rloo.alarms import read_watched
 from helpsteer_rloo.checkpoints import step_of
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.model.forward import group_log_probs
@@ -15,7 +16,7 @@ from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import read_steps
 from helpsteer_rloo.training.rloo import RLOOTrainer
 from helpsteer_rloo.training.running import train_to_the_end
-from helpsteer_rloo.training.watch import PolicyWatch, WatchRules, read_watched
+from helpsteer_rloo.training.watch import PolicyWatch, WatchRules
 from tests.training.test_rloo import arguments, chat, length_reward
 
 STEPS = 8

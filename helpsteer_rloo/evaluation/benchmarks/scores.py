@@ -91,7 +91,7 @@ def score_items(
             fitted.append((item, group))
     scores: dict[str, dict[str, float]] = {}
     chunk = max(1, 8 * batch_size)
-    for start in counted(range(0, len(fitted), chunk), "scoring"):
+    for start in counted(range(0, len(fitted), chunk), "scoring responses"):
         part = fitted[start : start + chunk]
         for (item, _), own in zip(part, score_groups(model, _groups(part), batch_size), strict=True):
             if not all(map(math.isfinite, own)):
