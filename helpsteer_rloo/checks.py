@@ -221,6 +221,15 @@ def _check_directories(settings: PipelineSettings) -> None:
             )
 
 
+def leaves_room(max_length: int, response_length: int) -> bool:
+    """Whether a limit of a prompt and a completion together leaves enough for the prompt.
+
+    >>> leaves_room(1024, 896), leaves_room(1024, 897)
+    (True, False)
+    """
+    return max_length - response_length >= max_length // MINIMUM_ROOM
+
+
 def prompt_room(max_length: int, response_length: int, flag: str = "--response_length") -> int:
     """Tokens that a reward model's limit leaves for a prompt beside the longest completion, which a flag says.
 
@@ -228,7 +237,7 @@ def prompt_room(max_length: int, response_length: int, flag: str = "--response_l
         ValueError: it leaves too few.
     """
     room = max_length - response_length
-    if room < max_length // MINIMUM_ROOM:
+    if not leaves_room(max_length, response_length):
         raise ValueError(
             f"{flag} {response_length} leaves {max(room, 0)} tokens for the prompt: the reward model reads "
             f"at most {max_length} in all. Lower {flag}, or train the reward model with more --max_length."

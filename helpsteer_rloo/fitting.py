@@ -1,34 +1,43 @@
 """Before a run starts: whether it fits into the memory that is there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from helpsteer_rloo.console import say
-from helpsteer_rloo.processes import launched_sharding, process_count
+from helpsteer_rloo.processes import is_main_process, launched_sharding, process_count
 
 if TYPE_CHECKING:
     from helpsteer_rloo.planning.request import Request, Rig
 
 
 def refuse_what_cannot_fit(
-    request_of: "Callable[[Rig], Request]", *, use_cpu: bool, force: bool, prefix: str | None = None
+    request_of: "Callable[[Rig], Request]",
+    *,
+    use_cpu: bool,
+    force: bool,
+    prefix: str | None = None,
+    finished: Collection[str] = (),
 ) -> None:
-    """Compare what a run needs with the memory of this process's device, before anything is downloaded.
+    """Compare what a run needs with the memory of the main process's device.
 
-    What is not known is said, and the run goes on.
+    What is not known is said, and the run goes on. The main process decides for all: others, which wait for it, notice
+    when it has ended.
 
     Args:
         request_of: What is to be run on a machine.
         use_cpu: Whether the run is told to leave GPUs alone.
         force: Whether to go on in any case.
         prefix: The stage of a script that takes the flags of one, whose names stand alone.
+        finished: Stages that will not run again.
 
     Raises:
         ValueError: it cannot fit, by more than a prediction may be off, with what needs most and what would fit.
     """
+    if not is_main_process():
+        return
     from helpsteer_rloo.planning.machine import memory_here
     from helpsteer_rloo.planning.needs import needs_of
-    from helpsteer_rloo.planning.request import Rig
+    from helpsteer_rloo.planning.request import Rig, unfinished
     from helpsteer_rloo.planning.search import remedies
     from helpsteer_rloo.planning.verdict import advice, cannot_fit, described, gib, may_not_fit, worst_of
 
@@ -37,12 +46,12 @@ def refuse_what_cannot_fit(
         say("How much memory there is cannot be told; whether the run fits is not checked.")
         return
     try:
-        request = request_of(Rig(memory.cpu, process_count(), launched_sharding()))
+        request = unfinished(request_of(Rig(memory.cpu, process_count(), launched_sharding())), finished)
     except ValueError as error:
         say(f"Whether the run fits into memory is not checked: {error}")
         return
     needs = needs_of(request)
-    if not may_not_fit(needs, memory.bytes):
+    if not needs or not may_not_fit(needs, memory.bytes):
         return
     said = f"{described(worst_of(needs))}, and there are {gib(memory.bytes)} GiB: {memory.what}."
     if not cannot_fit(needs, memory.bytes):

@@ -2,9 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from helpsteer_rloo.processes import is_main_process, process_count
 from helpsteer_rloo.provenance import command_line, provenance
 from helpsteer_rloo.reporting import reported
 from helpsteer_rloo.reward_record import check_reward_model
-from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, RunDir, locked, read_json, write_json
+from helpsteer_rloo.run_dir import (
+    REWARD_MODEL_RECORD,
+    RunDir,
+    locked,
+    read_json,
+    reward_stage_name,
+    verification_name,
+    write_json,
+)
 from helpsteer_rloo.stages import Stage, finished_stages, refuse_foreign, run_stages, seconds_by_stage
 from helpsteer_rloo.steps import (
     DataContext,
@@ -28,9 +36,7 @@ from helpsteer_rloo.steps import (
     data_stage,
     evaluation_stage,
     reward_stage,
-    reward_stage_name,
     rloo_stage,
-    verification_name,
     verification_stage,
 )
 
@@ -46,10 +52,10 @@ def run_reward_model(settings: Settings[RewardKnobs]) -> None:
     for directory in made:
         refuse_foreign(Path(directory))
     with reported(run), _only_process(run, *made):
-        _record_start(run, {"reward": settings.describe()}, ["data", *_reward_stage_names(settings.own.ensemble)])
-        stages = [data_stage(run, context), *_reward_stages(run, settings, context)]
-        _check_fit(settings, "reward", run, stages)
-        _announce(run, [stage.name for stage in stages])
+        names = ["data", *_reward_stage_names(settings.own.ensemble)]
+        _announce(run, names)
+        opening = _Opening(run, {"reward": settings.describe()}, lambda done: _check_fit(settings, "reward", done))
+        stages = opening.stages(names, lambda: [data_stage(run, context), *_reward_stages(run, settings, context)])
         outputs = run_stages(run, stages, say)
     heldout = outputs["verification"]
     low, high = heldout["interval"]
@@ -82,10 +88,10 @@ def run_rloo(settings: Settings[RLOOKnobs]) -> None:
     _check_others(settings, _check_reward_model(settings, "--reward_model_path"))
     refuse_foreign(Path(settings.own.output_dir))
     with reported(run), _only_process(run, settings.own.output_dir):
-        _record_start(run, {"rloo": settings.describe()}, ["data", "rloo"])
-        stages = [data_stage(run, context), rloo_stage(settings, context)]
-        _check_fit(settings, "rloo", run, stages)
-        _announce(run, [stage.name for stage in stages])
+        names = ["data", "rloo"]
+        _announce(run, names)
+        opening = _Opening(run, {"rloo": settings.describe()}, lambda done: _check_fit(settings, "rloo", done))
+        stages = opening.stages(names, lambda: [data_stage(run, context), rloo_stage(settings, context)])
         outputs = run_stages(run, stages, say)
     conclude(f"The policy is in {settings.own.output_dir}.")
     publish(RunFinished({"rloo": outputs["rloo"]}))
@@ -97,23 +103,57 @@ def _announce(run: RunDir, names: Sequence[str]) -> None:
         publish(RunPlanned(tuple(names), seconds_by_stage(run, names)))
 
 
-def _check_fit(settings: Settings[Any], stage: str, run: RunDir, stages: Sequence[Stage]) -> None:
-    """Refuse a training of one stage that cannot fit into memory, unless it is finished.
+def _check_fit(settings: Settings[Any], stage: str, finished: Collection[str]) -> None:
+    """Refuse a training of one stage that cannot fit into memory.
 
     Raises:
         ValueError: it cannot.
     """
     from helpsteer_rloo.planning.request import request_of_reward, request_of_rloo
 
-    if len(finished_stages(run, stages)) == len(stages):
-        return
     request_of = request_of_reward if stage == "reward" else request_of_rloo
     refuse_what_cannot_fit(
         lambda rig: request_of(settings, rig),
         use_cpu=bool(settings.trl.get("use_cpu")),
         force=settings.own.force,
         prefix=stage,
+        finished=finished,
     )
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """What comes before the work of a run: a look at whether it fits into memory, and the record that it has begun.
+
+    Attributes:
+        run: Where it is recorded.
+        settings: What the record holds.
+        check_fit: Refuses a run that cannot fit, given the stages that are finished.
+    """
+
+    run: RunDir
+    settings: Mapping[str, Any]
+    check_fit: Callable[[Collection[str]], None]
+
+    def stages(self, names: Sequence[str], make: Callable[[], list[Stage]]) -> list[Stage]:
+        """The stages of the run, which to make may take a download: a run that cannot fit is refused before.
+
+        A stage with a record is taken for finished until its inputs are known. A run of which all stages are finished
+        leaves its record as it is.
+
+        Raises:
+            ValueError: it cannot fit.
+        """
+        recorded = set(seconds_by_stage(self.run, names))
+        if set(names) - recorded:
+            self.check_fit(recorded)
+        stages = make()
+        finished = set(finished_stages(self.run, stages))
+        if recorded - finished:
+            self.check_fit(finished)
+        if set(names) - finished:
+            _record_start(self.run, self.settings, names)
+        return stages
 
 
 def _record_beside(output_dir: str) -> RunDir:
@@ -217,7 +257,6 @@ def run_pipeline(
     for directory in made:
         refuse_foreign(Path(directory))
     with reported(run), _only_process(run, *made):
-        _record_start(run, _described(settings), [*(stage.name for stage in before), *stage_names(settings)])
         _run_all(settings, run, before, gold)
 
 
@@ -228,26 +267,24 @@ def _run_all(
     gold: Callable[[str, str, bool], float] | None,
 ) -> None:
     own = settings.own
-    _announce(run, [*(stage.name for stage in before), *stage_names(settings)])
+    names = [*(stage.name for stage in before), *stage_names(settings)]
+    _announce(run, names)
     run_stages(run, before, say)
     context = data_context(settings.reward)
-    first = [*before, data_stage(run, context)]
-    if not own.rloo_only:
-        first += _reward_stages(run, settings.reward, context)
-    if settings.guard:
-        first += [
-            reward_stage(settings.guard, context, "guard"),
-            verification_stage(run, settings.guard, context, of="guard"),
-        ]
 
-    def all_stages() -> list[Stage]:
-        """With those of the policy, whose inputs are what the reward model is by now."""
+    def of_policy() -> list[Stage]:
+        """The stages of the policy, whose inputs are what the reward model is by now."""
         rloo = rloo_stage(settings.rloo, context, judged_on=own.evaluation_prompts)
-        return [*first, rloo, evaluation_stage(run, own, settings.rloo, context, gold)]
+        return [rloo, evaluation_stage(run, own, settings.rloo, context, gold)]
 
-    _check_fit_of_all(settings, run, first if own.reward_model_only else all_stages())
+    def planned() -> list[Stage]:
+        first = [*before, *_first_stages(run, settings, context)]
+        return first if own.reward_model_only else [*first, *of_policy()]
+
+    opening = _Opening(run, _described(settings), lambda finished: _check_fit_of_all(settings, finished))
+    first = [stage for stage in opening.stages(names, planned) if stage.name not in ("rloo", "evaluation")]
     run_stages(run, first, say)
-    stages = all_stages()
+    stages = [*first, *of_policy()]
     if not own.reward_model_only:
         _refuse_weak_reward_model(settings)
         _warn_of_a_weak_guard(settings)
@@ -260,6 +297,17 @@ def _run_all(
     _say_next(settings, run)
 
 
+def _first_stages(run: RunDir, settings: PipelineSettings, context: DataContext) -> list[Stage]:
+    """Data, and the reward models that the run trains."""
+    stages = [data_stage(run, context)]
+    if not settings.own.rloo_only:
+        stages += _reward_stages(run, settings.reward, context)
+    if settings.guard:
+        guard = reward_stage(settings.guard, context, "guard")
+        stages += [guard, verification_stage(run, settings.guard, context, of="guard")]
+    return stages
+
+
 def stage_names(settings: PipelineSettings) -> list[str]:
     """Names of the stages of a run in order, known before the data and models are there that the stages are made of."""
     own, names = settings.own, ["data"]
@@ -270,20 +318,19 @@ def stage_names(settings: PipelineSettings) -> list[str]:
     return names if own.reward_model_only else [*names, "rloo", "evaluation"]
 
 
-def _check_fit_of_all(settings: PipelineSettings, run: RunDir, stages: Sequence[Stage]) -> None:
-    """Refuse a run of which a stage cannot fit into memory, unless all of them are finished.
+def _check_fit_of_all(settings: PipelineSettings, finished: Collection[str]) -> None:
+    """Refuse a run of which a stage cannot fit into memory.
 
     Raises:
         ValueError: it cannot.
     """
     from helpsteer_rloo.planning.request import request_of_pipeline
 
-    if len(finished_stages(run, stages)) == len(stages):
-        return
     refuse_what_cannot_fit(
         lambda rig: request_of_pipeline(settings, rig),
         use_cpu=bool(settings.reward.trl.get("use_cpu") or settings.rloo.trl.get("use_cpu")),
         force=settings.own.force,
+        finished=finished,
     )
 
 

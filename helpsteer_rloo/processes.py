@@ -18,10 +18,34 @@ def process_count() -> int:
 
 
 def launched_sharding() -> str:
-    """How the launcher was asked to share a model out over processes: ddp (not at all), fsdp, zero2 or zero3."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
-    return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1") else "ddp"
+    """How the launcher was asked to share a model out over processes: ddp (not at all), fsdp, zero2 or zero3.
+
+    Raises:
+        ValueError: it was asked for something that is not planned.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return _zero()
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return "ddp"
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("FSDP with weights in main memory (fsdp_offload_params) is not planned.")
+    return "fsdp"
+
+
+def _zero() -> str:
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() not in ("", "none"):
+        raise ValueError("DeepSpeed by a file of its own (deepspeed_config_file) is not planned.")
+    for what in ("OPTIMIZER", "PARAM"):
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower() != "none":
+            raise ValueError(f"DeepSpeed with offload_{what.lower()}_device is not planned.")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("2", "3"):
+        raise ValueError(f"DeepSpeed with zero_stage {stage} is not planned; 2 and 3 are.")
+    return f"zero{stage}"
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def launched_precision() -> str:

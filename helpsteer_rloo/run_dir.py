@@ -100,6 +100,16 @@ class RunDir:
         return self.root / ".report.lock"
 
 
+def reward_stage_name(number: int) -> str:
+    """The stage that trains the reward model of this number in an ensemble, from 1."""
+    return "reward_model" if number == 1 else f"reward_model_{number}"
+
+
+def verification_name(of: str) -> str:
+    """The stage that verifies what another one trained."""
+    return "verification" if of == "reward_model" else f"{of}_verification"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: after a crash there is the old content or the new, never a part.
 

@@ -13,3 +13,5 @@ PASS_TOKENS = 4096
 MOST_COPIED_BYTES = 2 * 2**30
 """Weights are copied for sampling if all of them together are no more than this; a part would cost memory and gain
 little."""
+SHORT = 128
+"""On a CPU, most tokens of a prompt with a continuation in rows whose attention is computed range by range."""

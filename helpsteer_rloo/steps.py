@@ -31,6 +31,7 @@ from helpsteer_rloo.run_dir import (
     RunDir,
     json_lines,
     read_record,
+    verification_name,
     write_bytes,
     write_json,
     write_text,
@@ -190,16 +191,6 @@ def _reward_record(
         "reload": dict(reload),
         "provenance": provenance(),
     }
-
-
-def reward_stage_name(number: int) -> str:
-    """The stage that trains the reward model of this number in an ensemble, from 1."""
-    return "reward_model" if number == 1 else f"reward_model_{number}"
-
-
-def verification_name(of: str) -> str:
-    """The stage that verifies what another one trained."""
-    return "verification" if of == "reward_model" else f"{of}_verification"
 
 
 def verification_stage(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from helpsteer_rloo import cli
@@ -17,6 +18,7 @@ from helpsteer_rloo.planning.needs import needs_of
 from helpsteer_rloo.planning.request import Rig, request_of_pipeline
 from helpsteer_rloo.planning.shapes import Shape
 from helpsteer_rloo.planning.time import parts_of, rate_of
+from helpsteer_rloo.processes import launched_sharding
 
 GIB = 2**30
 
@@ -211,6 +213,73 @@ def test_an_unknown_model_or_memory_is_said_and_passed_over(monkeypatch, capsys)
     assert "cannot be told" in capsys.readouterr().out
 
 
+def test_only_the_main_process_decides(monkeypatch):
+    here(monkeypatch, GIB)
+    monkeypatch.setenv("RANK", "1")
+    refused()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="cannot fit into memory"):
+        refused()
+
+
+def test_what_is_finished_does_not_count(monkeypatch):
+    def whole(rig):
+        return request_of_pipeline(parse_pipeline(["--rloo.use_peft"]), rig)
+
+    rloo = [need.worst.total for need in needs_of(whole(Rig(cpu=True))) if need.stage in ("RLOO", "evaluation")]
+    here(monkeypatch, 1.2 * max(rloo))
+    with pytest.raises(ValueError, match="reward model needs"):
+        refuse_what_cannot_fit(whole, use_cpu=False, force=False)
+    refuse_what_cannot_fit(whole, use_cpu=False, force=False, finished=["reward_model", "verification"])
+    here(monkeypatch, 1)
+    refuse_what_cannot_fit(
+        whole, use_cpu=False, force=False, finished=["reward_model", "verification", "rloo", "evaluation"]
+    )
+
+
+def test_a_refused_run_downloads_and_records_nothing(arguments, tmp_path, monkeypatch):
+    def looked_for(knobs):
+        raise AssertionError("the data set was looked for")
+
+    monkeypatch.setattr("helpsteer_rloo.steps.locate", looked_for)
+    here(monkeypatch, 40 * 2**20)
+    for command, more in ((cli.train_reward_model, []), (cli.run_pipeline, ["--rloo.response_length=16"])):
+        with pytest.raises(SystemExit):
+            command([*arguments, *more])
+    assert not list(tmp_path.glob("**/run.json"))
+
+
+def test_a_launch_that_is_not_planned_is_passed_over(monkeypatch, capsys):
+    here(monkeypatch, GIB)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    refused()
+    assert "is not checked: FSDP with weights in main memory" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "zero2"),
+        ({"ZERO_STAGE": "3"}, "zero3"),
+        ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "none", "OFFLOAD_OPTIMIZER_DEVICE": "none"}, "zero3"),
+        ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device"),
+        ({"OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device"),
+        ({"CONFIG_FILE": "zero3.json"}, "deepspeed_config_file"),
+        ({"ZERO_STAGE": "1"}, "zero_stage 1"),
+    ],
+)
+def test_how_deepspeed_shares_is_read_or_said_not_to_be_planned(environment, says, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    if says.startswith("zero") and " " not in says:
+        assert launched_sharding() == says
+        return
+    with pytest.raises(ValueError, match=f"{says}.* is not planned"):
+        launched_sharding()
+
+
 def test_the_demo_is_not_refused_on_a_machine_of_two_gib(monkeypatch, tiny_base):
     settings = parse_demo([]).pipeline
     shape = Shape(128, 3, 4, 2, 32, 384, 1280, tied=True)
@@ -284,5 +353,19 @@ def test_lengths_of_a_run_replace_those_of_helpsteer3(tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(report))
     found = planned(capsys, "--gpu_memory_gb=24", f"--data_json={tmp_path / 'data.json'}")
     assert found["lengths"]["pairs"] == 600
+    several = {"splits": {"train": {**split, "pairs": 480}, "validation": split}}  # 1.6 pairs a prompt
+    assert counted(several, 1024, 512, "").work_a_pair.tokens == pytest.approx(30 / 1.6 + 60, rel=0.05)
     with pytest.raises(ValueError, match="holds no counts of tokens"):
         counted({"splits": {}}, 1024, 512, "data.json")
+
+
+def test_prompts_of_a_run_are_no_longer_where_its_responses_are():
+    """All in one order, long prompts would meet long responses, and the limit would cut far more."""
+    tokens = {"p50": 100.0, "p100": 900.0}
+    split = {"pairs": 300, "prompts": 300, "tokens": dict.fromkeys(("prompt", "chosen", "rejected"), tokens)}
+    report = {"splits": {"train": split, "validation": split}}
+    free, cut = (counted(report, limit, 4096, "").work_a_pair for limit in (4096, 1024))
+    lengths = np.interp(np.linspace(0, 1, 501), [0, 0.5, 1], [1, 100, 900])
+    apart = lengths[:, None] * 2 * lengths
+    assert free.attended == pytest.approx(apart.mean() + 1.5 * (lengths**2 + lengths).mean(), rel=0.05)
+    assert cut.tokens < free.tokens

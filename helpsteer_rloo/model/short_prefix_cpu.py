@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from helpsteer_rloo.packing import Span, cheapest_runs
-
-SHORT = 128
-"""Most tokens of a prompt with a continuation."""
+from helpsteer_rloo.sizes import SHORT
 
 BATCH_COST = 4096
 """What one more batch costs, in pairs of a query and a key."""

@@ -121,19 +121,28 @@ def helpsteer3(max_length: int, room: int, *, english: bool) -> Corpus:
 def counted(report: Mapping[str, Any], max_length: int, room: int, source: str) -> Corpus:
     """A data set by the percentiles in the `data.json` of a run.
 
+    It does not say how lengths go together: taken are responses to one prompt of like lengths, whatever the prompt's.
+
     Raises:
         ValueError: it holds no such counts.
     """
     try:
         splits = report["splits"]
         train, held = splits["train"], splits["validation"]
-        probability = stratified(np.random.default_rng(0), _SAMPLE)
-        lengths = [_by_percentiles(train["tokens"][part], probability) for part in ("prompt", "chosen", "rejected")]
+        rng = np.random.default_rng(0)
+        of_prompts, of_responses = stratified(rng, _SAMPLE), stratified(rng, _SAMPLE)
+        drawn = {"prompt": of_prompts, "chosen": of_responses, "rejected": of_responses}
+        prompt, *both = (_by_percentiles(train["tokens"][part], order) for part, order in drawn.items())
         pairs = float(train["pairs"]), float(held["pairs"])
-        each = max(1, round(train["pairs"] / max(1, train["prompts"])))
+        rows = _rows_of_mean(max(1.0, train["pairs"] / max(1, train["prompts"])), rng)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} holds no counts of tokens ({error!r}); give the data.json of a run.") from None
-    return _corpus((lengths[0], lengths[1], lengths[2]), np.full(_SAMPLE, each), pairs, (max_length, room), source)
+    return _corpus((prompt, both[0], both[1]), rows, pairs, (max_length, room), source)
+
+
+def _rows_of_mean(mean: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of each prompt of the sample: whole numbers beside a mean, so many of each that it comes out."""
+    return (mean + stratified(rng, _SAMPLE)).astype(np.int64)
 
 
 def _by_percentiles(found: Mapping[str, float], probability: NDArray[np.float64]) -> NDArray[np.float64]:

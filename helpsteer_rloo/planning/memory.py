@@ -55,11 +55,6 @@ class Net:
         """Whether linear layers compute in less than the weights are held in."""
         return self.compute < self.weights
 
-    @property
-    def linear_bytes(self) -> int:
-        """Of the weights of the body's linear layers."""
-        return self.shape.body_parameters() * self.weights
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -16,8 +16,17 @@ from helpsteer_rloo.planning.memory import (
     program_bytes,
     training_bytes,
 )
-from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained
-from helpsteer_rloo.sizes import MOST_COPIED_BYTES, PASS_TOKENS, ROW_TOKENS
+from helpsteer_rloo.planning.request import (
+    EvaluationStage,
+    Judge,
+    Request,
+    RewardStage,
+    Rig,
+    RLOOStage,
+    Trained,
+    judge_of,
+)
+from helpsteer_rloo.sizes import MOST_COPIED_BYTES, PASS_TOKENS, ROW_TOKENS, SHORT
 
 SHORTEST_PROMPT = 16
 """Tokens of the shortest prompt to expect: what a chat template takes, and a word or two."""
@@ -27,6 +36,8 @@ LIBRARY_BYTES, CONTEXT_BYTES = 0.08 * 2**30, 0.8 * 2**30
 """Of libraries, kernels and their buffers: on a CPU as measured, on CUDA, whose context it is, assumed."""
 SLACK_CPU, SLACK = 0.02, 0.05
 """Share of tensors that the allocator holds besides: on a CPU as measured, on CUDA assumed."""
+SHORT_ROWS = 0.9
+"""Most that a row of short sequences keeps on a CPU beyond what is counted, as a share of it."""
 
 Items = Mapping[str, float]
 
@@ -74,10 +85,12 @@ def reward_needs(stage: RewardStage, rig: Rig) -> list[Need]:
     row = reward_row(stage, rig)
     held = _Held(trained, parameters, rig)
     phases = held.training([row], many=stage.pairs > 1)
-    judge = Judge(trained.shape, trained.weights, trained.adapter)
+    judge = judge_of(stage)
     tokens = -(-stage.scored_at_once // 2) * 2 * stage.max_length
     scoring = _phase("scoring", rig, _model(judge), _scores(judge, Row(tokens, stage.scored_at_once), rig))
-    return [Need(stage.name, phases, _notes(trained, rig)), Need(f"{stage.name}: verification", (scoring,))]
+    verification = Need(f"{stage.name}: verification", (scoring,))
+    notes = _notes(trained, rig, stage.max_length)
+    return [verification] if stage.there else [Need(stage.name, phases, notes), verification]
 
 
 def reward_row(stage: RewardStage, rig: Rig) -> Row:
@@ -109,7 +122,7 @@ def rloo_need(stage: RLOOStage, rig: Rig) -> Need:
         phases.append(_phase("reference", rig, *between, _worst([inference_bytes(held.net, row) for row in rows])))
     phases += held.training(rows, many=stage.completions > stage.k)
     notes = ("vLLM samples: what it takes is its own setting.",) if stage.vllm else ()
-    return Need("RLOO", tuple(phases), (*_notes(trained, rig), *notes))
+    return Need("RLOO", tuple(phases), (*_notes(trained, rig, stage.longest), *notes))
 
 
 def rloo_rows(stage: RLOOStage, rig: Rig) -> list[Row]:
@@ -316,8 +329,11 @@ def _phase(name: str, rig: Rig, *parts: Items) -> Phase:
     return Phase(name, {kind: size for kind, size in items.items() if size})
 
 
-def _notes(trained: Trained, rig: Rig) -> tuple[str, ...]:
+def _notes(trained: Trained, rig: Rig, longest: int) -> tuple[str, ...]:
     if trained.packed:
-        return ()
+        short = (
+            f"Rows of sequences of at most {SHORT} tokens keep up to {SHORT_ROWS:.0%} more on a CPU than is counted."
+        )
+        return (short,) if rig.cpu and longest <= SHORT else ()
     engine = "DeepSpeed runs" if rig.deepspeed else "--engine trl runs"
     return (f"{engine} TRL's own passes, whose activations are more than is counted here: this is the least.",)

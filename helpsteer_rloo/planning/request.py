@@ -1,7 +1,7 @@
 """What is planned: the stages of a run with the sizes that memory and time depend on, taken from its settings."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from helpsteer_rloo.knobs import RewardKnobs, RLOOKnobs
 from helpsteer_rloo.planning.memory import FLOAT32, Adapter
 from helpsteer_rloo.planning.shapes import Shape, shape_of
 from helpsteer_rloo.reward_record import read_reward_record
-from helpsteer_rloo.run_dir import read_json
+from helpsteer_rloo.run_dir import read_json, verification_name
 from helpsteer_rloo.sizes import DEFAULT_TOKENS, DEFAULT_TOKENS_CPU
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -62,6 +62,7 @@ class Trained:
         checkpointing: Whether layers are computed again in the backward pass.
         states: Bytes of the optimizer for a trained weight.
         packed: Whether passes are the engine's own; TRL's need more than is planned here.
+        adapted: The same with LoRA as the flags describe it, where all weights are trained.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Trained:
     checkpointing: bool
     states: int
     packed: bool
+    adapted: "Trained | None" = None
 
     @property
     def trained_bytes(self) -> int:
@@ -97,16 +99,29 @@ class RewardStage:
     pairs_of_all: int
     """Of an optimizer step, on all processes."""
     half: bool = False
+    there: bool = False
+    """Whether the training is finished, and the verification is to come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A reward model as RLOO and the judgement use it; `shared` if it stands on the policy's own base."""
+    """A reward model as RLOO and the judgement use it; `shared` if it stands on the policy's own base.
+
+    `base` names the model that it was made from, and `stage` the one that trains it in this run, if one does.
+    """
 
     shape: Shape
     weights: int
     adapter: Adapter | None
+    base: str = ""
+    stage: str | None = None
     shared: bool = False
+
+    def beside(self, policy: Trained) -> "Judge":
+        """As it is held in the training of a policy: on its base if both are adapters on the same one."""
+        same = Path(self.base).resolve() == Path(policy.name).resolve()  # an adapter records its base's absolute path
+        alike = bool(policy.adapter and self.adapter and self.weights == policy.weights)
+        return dataclasses.replace(self, shared=policy.packed and alike and same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +138,7 @@ class RLOOStage:
         batch: Completions in one of TRL's passes.
         completions: In an optimizer step.
         rollouts: In a batch of rollouts.
-        at_once: Completions sampled or scored at once.
+        forward_batch: Completions that are to be sampled or scored at once.
         packed_tokens: Budget of a row.
         watched: Whether single completions are scored as well.
         steps: Optimizer steps in all.
@@ -141,13 +156,23 @@ class RLOOStage:
     batch: int
     completions: int
     rollouts: int
-    at_once: int
+    forward_batch: int
     packed_tokens: int
     watched: bool
     steps: int
     epochs: int
     group: int
     vllm: bool
+
+    @property
+    def at_once(self) -> int:
+        """Completions that are sampled or scored at once: at least those of a prompt, and no more than there are."""
+        return min(max(self.group, self.forward_batch), self.rollouts)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, which is the limit of the reward model."""
+        return self.prompt + self.response
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +190,35 @@ class EvaluationStage:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """All stages of a run, in their order."""
+    """All stages of a run, in their order; `settled` if there is a reward model by now, so that its settings stay."""
 
     rig: Rig
     rewards: tuple[RewardStage, ...] = ()
     rloo: RLOOStage | None = None
     evaluation: EvaluationStage | None = None
+    settled: bool = False
+
+
+def unfinished(request: Request, finished: Collection[str]) -> Request:
+    """What is left of a run.
+
+    Args:
+        request: All of it.
+        finished: Names of the stages of the pipeline that are done.
+    """
+    rewards: list[RewardStage] = []
+    for stage in request.rewards:
+        name = stage.name.replace(" ", "_")
+        if not {name, verification_name(name)} <= set(finished):
+            rewards.append(dataclasses.replace(stage, there=name in finished))
+    there = len(rewards) < len(request.rewards) or any(stage.there for stage in rewards)
+    return Request(
+        request.rig,
+        tuple(rewards),
+        None if "rloo" in finished else request.rloo,
+        None if "evaluation" in finished else request.evaluation,
+        settled=request.settled or there,
+    )
 
 
 # ---- from settings --------------------------------------------------------------------------------------------------
@@ -182,26 +230,30 @@ def request_of_pipeline(settings: PipelineSettings, rig: Rig) -> Request:
     Raises:
         ValueError: something of it cannot be planned; or the settings contradict each other.
     """
-    own, rewards = settings.own, []
+    own, trained = settings.own, dict[str, RewardStage]()
     if not own.rloo_only:
-        rewards = list(_reward_stages(settings.reward, rig))
+        members = ensemble(settings.reward)
+        trained = {
+            m.own.output_dir: stage for m, stage in zip(members, _reward_stages(settings.reward, rig), strict=True)
+        }
     if settings.guard is not None:
-        rewards.append(dataclasses.replace(_reward_stage(settings.guard, rig, 1), name="guard"))
+        guard = dataclasses.replace(_reward_stage(settings.guard, rig, 1), name="guard")
+        trained[settings.guard.own.output_dir] = guard
+    rewards = tuple(trained.values())
     if own.reward_model_only:
-        return Request(rig, tuple(rewards))
-    judges = _recorded_judges(settings.rloo, rig, rewards) if own.rloo_only else _own_judges(settings, rig, rewards)
+        return Request(rig, rewards)
     longest = _trained_on(settings.rloo) if own.rloo_only else settings.reward.own.max_length
-    rloo = _rloo_stage(settings.rloo, rig, judges, longest)
+    rloo = _rloo_stage(settings.rloo, rig, _judges(settings.rloo, trained), longest)
     evaluation = EvaluationStage(
         policy=rloo.trained,
-        judges=tuple(dataclasses.replace(judge, shared=False) for judge in judges),
+        judges=tuple(dataclasses.replace(judge, shared=False) for judge in rloo.judges),
         prompts=own.evaluation_prompts,
         prompt=rloo.prompt,
         response=rloo.response,
         at_once=own.evaluation_batch_size,
         best_of=own.best_of,
     )
-    return Request(rig, tuple(rewards), rloo, evaluation)
+    return Request(rig, rewards, rloo, evaluation, settled=own.rloo_only)
 
 
 def request_of_reward(settings: Settings[RewardKnobs], rig: Rig) -> Request:
@@ -219,16 +271,23 @@ def request_of_rloo(settings: Settings[RLOOKnobs], rig: Rig) -> Request:
     Raises:
         ValueError: as `request_of_pipeline`.
     """
-    judges = _recorded_judges(settings, rig, [])
-    return Request(rig, rloo=_rloo_stage(settings, rig, judges, _trained_on(settings)))
+    rloo = _rloo_stage(settings, rig, _judges(settings, {}), _trained_on(settings))
+    return Request(rig, rloo=rloo, settled=True)
 
 
 def _trained(settings: Settings[Any], rig: Rig) -> Trained:
+    """The model of a stage, with what it would be with LoRA."""
+    if settings.trl.get("use_peft"):
+        return _trained_as(settings, rig, use_peft=True)
+    whole = _trained_as(settings, rig, use_peft=False)
+    return dataclasses.replace(whole, adapted=_trained_as(settings, rig, use_peft=True))
+
+
+def _trained_as(settings: Settings[Any], rig: Rig, *, use_peft: bool) -> Trained:
     trl, name = settings.trl, str(settings.trl["model_name_or_path"])
     for flag in ("load_in_4bit", "load_in_8bit"):
         if trl.get(flag):
             raise ValueError(f"A base in 4 or 8 bits is not planned (--{flag}).")
-    use_peft = bool(trl.get("use_peft"))
     weights = weight_bytes(use_peft, trl.get("dtype"), cpu=rig.cpu)
     adapter = Adapter(int(trl.get("lora_r") or 16), _targets(trl)) if use_peft else None
     half = trl.get("fp16") or trl.get("bf16", not rig.cpu)
@@ -287,14 +346,14 @@ def _reward_stage(settings: Settings[RewardKnobs], rig: Rig, number: int) -> Rew
     )
 
 
-def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: tuple[Judge, ...], longest: int) -> RLOOStage:
-    own, trl = settings.own, settings.trl
+def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: Iterable[Judge], longest: int) -> RLOOStage:
+    own, trl, trained = settings.own, settings.trl, _trained(settings, rig)
     batch, accumulation = int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"])
     completions = batch * accumulation
     rollouts = completions * own.num_mini_batches
     return RLOOStage(
-        trained=_trained(settings, rig),
-        judges=judges,
+        trained=trained,
+        judges=tuple(judge.beside(trained) for judge in judges),
         reference=own.kl_coef > 0,
         prompt=prompt_room(longest, own.response_length),
         response=own.response_length,
@@ -302,7 +361,7 @@ def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: tuple[Judge, ..
         batch=batch,
         completions=completions,
         rollouts=rollouts,
-        at_once=min(max(own.rloo_k, own.local_rollout_forward_batch_size), rollouts),
+        forward_batch=own.local_rollout_forward_batch_size,
         packed_tokens=_packed_tokens(settings, rig),
         watched=own.watched,
         steps=own.optimizer_steps(batch, accumulation, rig.processes),
@@ -312,32 +371,24 @@ def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: tuple[Judge, ..
     )
 
 
-def _own_judges(settings: PipelineSettings, rig: Rig, rewards: list[RewardStage]) -> tuple[Judge, ...]:
-    """The reward models that the run trains itself."""
-    policy = _trained(settings.rloo, rig)
-
-    def judge(stage: RewardStage) -> Judge:
-        model = stage.trained
-        shared = bool(
-            policy.packed
-            and policy.adapter
-            and model.adapter
-            and (policy.name, policy.weights) == (model.name, model.weights)
-        )
-        return Judge(model.shape, model.weights, model.adapter, shared)
-
-    return tuple(map(judge, rewards))
+def judge_of(stage: RewardStage) -> Judge:
+    """The reward model that a stage of the run trains."""
+    model = stage.trained
+    return Judge(model.shape, model.weights, model.adapter, model.name, stage.name)
 
 
-def _recorded_judges(settings: Settings[RLOOKnobs], rig: Rig, guards: list[RewardStage]) -> tuple[Judge, ...]:
-    """The reward models that a run is given."""
-    own, policy = settings.own, _trained(settings, rig)
-    given = [own.reward_model_path, *own.ensemble_members]
-    given += [own.guard_reward_model] if own.guard_reward_model and not guards else []
-    return tuple(_recorded(directory, policy) for directory in given)
+def _judges(settings: Settings[RLOOKnobs], trained: Mapping[str, RewardStage]) -> list[Judge]:
+    """The reward models of an RLOO training: those that the run trains, by directory, and those that it is given."""
+    own = settings.own
+    named = [
+        own.reward_model_path,
+        *own.ensemble_members,
+        *([own.guard_reward_model] if own.guard_reward_model else []),
+    ]
+    return [judge_of(trained[name]) if name in trained else _recorded(name) for name in named]
 
 
-def _recorded(directory: str, policy: Trained) -> Judge:
+def _recorded(directory: str) -> Judge:
     record = read_reward_record(directory)
     base = record["base"]
     if base.get("quantization"):
@@ -348,9 +399,7 @@ def _recorded(directory: str, policy: Trained) -> Judge:
         names = config.get("target_modules")
         adapter = Adapter(int(config.get("r") or 16), tuple(names) if isinstance(names, list) else None)
     name = base["name"] if adapter else directory
-    same = Path(name).resolve() == Path(policy.name).resolve()  # an adapter records its base's absolute path
-    shared = bool(policy.packed and policy.adapter and adapter and same and weights == policy.weights)
-    return Judge(shape_of(name, base.get("revision")), weights, adapter, shared)
+    return Judge(shape_of(name, base.get("revision")), weights, adapter, name)
 
 
 def _trained_on(settings: Settings[RLOOKnobs]) -> int:

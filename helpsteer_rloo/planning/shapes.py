@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.hub import absence
+
 ARCHITECTURES = ("qwen3", "llama")
 """Model types that the engine's own passes are made for; others go through TRL's, which are not planned."""
 
@@ -145,11 +147,12 @@ def _fetched(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    away = absence(model, revision)
     try:
-        return Path(hf_hub_download(model, "config.json", revision=revision))
+        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=away is not None))
     # A cache without the file and no network are OSErrors, a name that no repository can have a ValueError.
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = away or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise ValueError(
             f"The dimensions of {model!r} are not known: it is none of {', '.join(QWEN3)}, no directory, and its "
             f"config.json could not be fetched ({reason}). Give a directory with its config.json: --model_name_or_path."

@@ -51,19 +51,16 @@ def flags_of(remedy: Remedy, prefix: str | None) -> str:
         remedy: What fits.
         prefix: None in the pipeline; in a script of one stage the name of that stage, whose flags stand alone.
     """
-    return " ".join(f"--{flag}" for name, value in remedy.flags for flag in _spelled(name, value, prefix))
+    before = "" if prefix is None else f"{prefix}."
+    return " ".join(f"--{name.removeprefix(before)} {value}" for name, value in remedy.flags)
 
 
 _OF_THE_LAUNCHER = ("gpus", "sharding")
-_OF_BOTH_STAGES = ("gradient_checkpointing",)
-
-
-def _spelled(name: str, value: str, prefix: str | None) -> list[str]:
-    if prefix is not None:
-        return [f"{name.removeprefix(f'{prefix}.')} {value}"]
-    if name in _OF_BOTH_STAGES:
-        return [f"reward.{name} {value}", f"rloo.{name} {value}"]
-    return [f"{name} {value}"]
+_LAUNCHED = {
+    "fsdp": "FSDP2 (configs/accelerate/fsdp2.yaml)",
+    "zero2": "DeepSpeed (configs/accelerate/deepspeed_zero2.yaml)",
+    "zero3": "DeepSpeed (configs/accelerate/deepspeed_zero3.yaml)",
+}
 
 
 def advice(found: Sequence[Remedy], prefix: str | None) -> str:
@@ -73,8 +70,8 @@ def advice(found: Sequence[Remedy], prefix: str | None) -> str:
     lines = []
     for remedy in found:
         own = Remedy(tuple(flag for flag in remedy.flags if flag[0] not in _OF_THE_LAUNCHER), remedy.needs)
-        shared = dict(remedy.flags).get("gpus")
+        launcher = dict(remedy.flags)
         parts = [flags_of(own, prefix)] if own.flags else []
-        parts += [f"{shared} GPUs with FSDP2 (configs/accelerate/fsdp2.yaml)"] if shared else []
+        parts += [f"{launcher['gpus']} GPUs with {_LAUNCHED[launcher['sharding']]}"] if "gpus" in launcher else []
         lines.append(f"  {' and '.join(parts)}: {gib(worst_of(remedy.needs).worst.total)} GiB")
     return "\n".join(["This fits:", *lines])

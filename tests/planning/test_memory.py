@@ -14,6 +14,7 @@ from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_log_probs, packed_scores, prepare_packed, scalar_head
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.planning.memory import Adapter, Net, Row, inference_bytes, saved_bytes, training_bytes
+from helpsteer_rloo.planning.needs import SHORT_ROWS
 from helpsteer_rloo.planning.shapes import QWEN3, Shape
 
 SHAPE = Shape(96, 3, 4, 2, 32, 256, 512)
@@ -133,6 +134,20 @@ def test_the_most_that_exists_in_a_pass_without_gradient_is_what_is_predicted(st
     net = Net(LARGER, dtype.itemsize, dtype.itemsize, Adapter(models.LORA_RANK), cpu=True)
     expected = inference_bytes(net, Row(len(row.input_ids), predicted or 4, predicted))
     assert expected.activations + expected.head == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(16, (112, 112)), (112, (16,) * 4), (64, (64,) * 8)], ids=str)
+def test_short_rows_keep_more_than_is_counted_and_no_more_than_is_said(dtype, lengths):
+    prompt, continuations = lengths
+    groups = (TokenGroup((), tuple(range(2, 2 + prompt)), tuple((3,) * length for length in continuations)),) * 2
+    row, model = PackedRow(groups), trained(dtype, True, False)
+    found = counted(model, lambda: packed_log_probs(model, row).log_probs.sum())
+    net = Net(SHAPE, dtype.itemsize, dtype.itemsize, Adapter(models.LORA_RANK), cpu=True)
+    read = len(set(row.predicting_positions))
+    expected = saved_bytes(net, Row(len(row.input_ids), read), checkpointing=False)
+    print(lengths, dtype, found / expected)
+    assert 1 < found / expected < 1 + SHORT_ROWS
 
 
 # ---- what follows for every setting ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What stages hold, from settings: arithmetic of weights and optimizer, sharing, and growth with every setting."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 
 from helpsteer_rloo.config import REWARD, flags_named_of
 from helpsteer_rloo.parsing import parse_command, parse_pipeline
+from helpsteer_rloo.pipeline import stage_names
+from helpsteer_rloo.plan_command import parse_plan
 from helpsteer_rloo.planning.needs import needs_of
-from helpsteer_rloo.planning.request import Rig, request_of_pipeline, request_of_reward
+from helpsteer_rloo.planning.request import Rig, request_of_pipeline, request_of_reward, unfinished
 from helpsteer_rloo.planning.search import KNOBS, fits, largest, remedies, room_of
 from helpsteer_rloo.planning.shapes import QWEN3
 
@@ -123,12 +126,13 @@ REQUESTS = [
 ]
 
 
-@given(st.sampled_from(REQUESTS), st.sampled_from(KNOBS), st.integers(1, 4000), st.integers(0, 4000))
-def test_memory_grows_with_every_setting(found, knob, value, more):
-    value = max(value, knob.lowest)
-    if knob.flag == "rloo.rloo_k":  # fewer samples a prompt are more prompts at once, unless all are of one
-        value = max(value, found.rloo.at_once)
-    small, large = (needs_of(knob.put(found, size)) for size in (value, value + more))
+GROWING = [knob for knob in KNOBS if knob.flag not in ("rloo.response_length", "rloo.rloo_k")]
+
+
+@given(st.sampled_from(REQUESTS), st.sampled_from(GROWING), st.integers(0, 4000), st.integers(0, 4000))
+def test_memory_grows_with_every_setting_but_two(found, knob, place, more):
+    values = knob.values(found)
+    small, large = (needs_of(knob.put(found, values[min(at, len(values) - 1)])) for at in (place, place + more))
     for one, other in zip(small, large, strict=True):
         assert one.worst.total <= other.worst.total * (1 + 1e-12)
 
@@ -140,8 +144,10 @@ def test_the_largest_settings_fit_and_larger_ones_do_not(limit):
     for room in room_of(found, limit):
         assert fits(knobs[room.flag].put(found, room.largest), limit)
         assert room.largest >= room.value
-        if not room.capped:
-            assert not fits(knobs[room.flag].put(found, room.largest + 1), limit)
+        values = knobs[room.flag].values(found)
+        following = values[values.index(room.largest) + 1 :][:1]
+        assert not any(fits(knobs[room.flag].put(found, value), limit) for value in following)
+        assert room.capped == (room.largest == knobs[room.flag].highest)
 
 
 def test_where_nothing_fits_every_setting_says_so():
@@ -176,3 +182,97 @@ def test_prompts_take_the_room_that_the_longest_response_leaves():
 def replace_length(settings, response):
     rloo = replace(settings.rloo, own=replace(settings.rloo.own, response_length=response))
     return replace(settings, rloo=rloo)
+
+
+def largest_need(argv, rig):
+    return max(need.worst.total for need in needs_of(request_of_pipeline(parse_plan(argv), rig)))
+
+
+LONG = ["--use_peft", "--max_length=8192", "--rloo.response_length=4096"]
+SMALL = ["--model_name_or_path=Qwen/Qwen3-0.6B"]
+UNCHECKED = ["--model_name_or_path=Qwen/Qwen3-1.7B", "--max_length=4096", "--rloo.gradient_checkpointing=false"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "rig", "limit"),
+    [
+        (LONG, GPU, 20),
+        ([*SMALL, "--use_peft"], GPU, 3.15),
+        ([*SMALL, "--use_peft", "--rloo_batch_size=16", "--rloo.rloo_k=16"], Rig(cpu=True), 5),
+        ([*UNCHECKED, "--use_peft"], GPU, 12),
+        ([*UNCHECKED, "--reward.use_peft", "--rloo.optim=adamw_8bit", "--rloo.lora_r=64"], GPU, 14),
+        ([*UNCHECKED, "--reward.dtype=float32", "--rloo.dtype=float32", "--engine=trl"], GPU, 20),
+        (UNCHECKED, Rig(processes=2, sharding="zero2"), 12),
+        (["--guard", "--reward.ensemble=2"], GPU, 28),
+        (["--reward_model_only", "--reward.gradient_checkpointing=false", "--max_length=8192"], GPU, 24),
+    ],
+)
+def test_every_remedy_is_a_command_that_needs_what_it_says(argv, rig, limit):
+    found = remedies(request_of_pipeline(parse_plan(argv), rig), limit * GIB)
+    assert found
+    for remedy in found:
+        flags = dict(remedy.flags)
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        shared = replace(
+            rig, processes=int(flags.get("gpus", rig.processes)), sharding=flags.get("sharding", rig.sharding)
+        )
+        said = max(need.worst.total for need in remedy.needs)
+        assert largest_need([*argv, *given], shared) == pytest.approx(said, rel=1e-9)
+        assert said <= limit * GIB
+
+
+def test_every_largest_value_is_one_that_the_command_takes():
+    argv = [*SMALL, "--use_peft"]
+    for room in room_of(request(*argv), 6 * GIB):
+        assert largest_need([*argv, f"--{room.flag}={room.largest}"], GPU) <= 6 * GIB
+    k = next(room for room in room_of(request(*argv), 100 * GIB) if room.flag == "rloo.rloo_k")
+    assert k.largest == request(*argv).rloo.rollouts
+
+
+def test_several_settings_are_lowered_where_one_is_not_enough():
+    found = remedies(request(*LONG), 19 * GIB)
+    assert max(len(remedy.flags) for remedy in found) > 1
+
+
+def test_what_is_finished_is_not_counted_and_not_changed():
+    whole = request("--rloo.use_peft", "--guard")
+    names = [need.stage for need in needs_of(unfinished(whole, ["data", "reward_model", "verification"]))]
+    assert names == ["guard", "guard: verification", "RLOO", "evaluation"]
+    verified = unfinished(whole, ["data", "reward_model", "guard", "guard_verification"])
+    assert [need.stage for need in needs_of(verified)] == ["reward model: verification", "RLOO", "evaluation"]
+    assert needs_of(unfinished(whole, stage_names(parse_pipeline(["--guard"])))) == []
+    for remedy in remedies(unfinished(request(), ["reward_model", "verification"]), 60 * GIB):
+        assert not {"max_length", "use_peft", "reward.use_peft"} & {name for name, _ in remedy.flags}
+
+
+def recorded(directory, base):
+    directory.mkdir()
+    record = {
+        "base_model": base, "base": {"name": base, "dtype": "bfloat16"}, "adapter": True,
+        "rendering": {"max_length": 1024}, "thinking": False,
+    }  # fmt: skip
+    (directory / "reward_model.json").write_text(json.dumps(record))
+    (directory / "adapter_config.json").write_text(json.dumps({"r": 16, "target_modules": "all-linear"}))
+    return str(directory)
+
+
+def test_reward_models_that_a_run_is_given_are_judges_beside_its_own(tmp_path):
+    first, second = (recorded(tmp_path / name, "Qwen/Qwen3-8B") for name in "ab")
+    found = request("--use_peft", f"--rloo.guard_reward_model={first}", f"--rloo.reward_ensemble={second}")
+    assert [judge.stage for judge in found.rloo.judges] == ["reward model", None, None]
+    assert all(judge.shared for judge in found.rloo.judges)
+    whole = request(f"--rloo.guard_reward_model={first}")
+    adapted = remedies(whole, 30 * GIB)[0]
+    assert dict(adapted.flags) == {"use_peft": "true"}
+    assert largest_need(["--use_peft", f"--rloo.guard_reward_model={first}"], GPU) == pytest.approx(
+        max(need.worst.total for need in adapted.needs)
+    )
+
+
+def test_short_rows_on_a_cpu_are_said_to_need_more():
+    def notes(cpu, *argv):
+        found = request("--use_peft", "--rloo.response_length=16", *argv, rig=Rig(cpu=cpu))
+        return [note for need in needs_of(found) for note in need.notes if "128 tokens" in note]
+
+    assert len(notes(True, "--max_length=128")) == 2
+    assert notes(True, "--max_length=129") == notes(False, "--max_length=128") == []
