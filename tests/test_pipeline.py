@@ -135,7 +135,8 @@ def prompt_of(sample, tokenizer):
 
 def test_a_second_run_does_nothing_again_and_needs_no_torch(finished):
     directory, arguments = finished
-    before = {path: path.stat().st_mtime_ns for path in (directory / "stages").iterdir()}
+    kept = [*(directory / "stages").iterdir(), directory / "run.json"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     code = "import sys; from helpsteer_rloo.cli import run_pipeline; run_pipeline(); assert 'torch' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
@@ -143,7 +144,8 @@ def test_a_second_run_does_nothing_again_and_needs_no_torch(finished):
     assert done.returncode == 0, done.stderr
     assert "Stage" not in done.stdout
     assert "held-out accuracy" in done.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (directory / "stages").iterdir()}
+    assert before == {path: path.stat().st_mtime_ns for path in kept}
+    assert len(kept) == len(list((directory / "stages").iterdir())) + 1
 
 
 def test_scoring_options_change_nothing_but_training_options_invalidate(finished, capsys):

@@ -36,8 +36,8 @@ LIBRARY_BYTES, CONTEXT_BYTES = 0.08 * 2**30, 0.8 * 2**30
 """Of libraries, kernels and their buffers: on a CPU as measured, on CUDA, whose context it is, assumed."""
 SLACK_CPU, SLACK = 0.02, 0.05
 """Share of tensors that the allocator holds besides: on a CPU as measured, on CUDA assumed."""
-SHORT_ROWS = 0.9
-"""Most that a row of short sequences keeps on a CPU beyond what is counted, as a share of it."""
+SHORT_ROWS = 2.2
+"""On a CPU, how many times what is counted a row of short sequences keeps at most, as measured."""
 
 Items = Mapping[str, float]
 
@@ -331,9 +331,7 @@ def _phase(name: str, rig: Rig, *parts: Items) -> Phase:
 
 def _notes(trained: Trained, rig: Rig, longest: int) -> tuple[str, ...]:
     if trained.packed:
-        short = (
-            f"Rows of sequences of at most {SHORT} tokens keep up to {SHORT_ROWS:.0%} more on a CPU than is counted."
-        )
+        short = f"On a CPU, rows of sequences of at most {SHORT} tokens keep up to {SHORT_ROWS} times what is counted."
         return (short,) if rig.cpu and longest <= SHORT else ()
     engine = "DeepSpeed runs" if rig.deepspeed else "--engine trl runs"
     return (f"{engine} TRL's own passes, whose activations are more than is counted here: this is the least.",)

@@ -146,8 +146,7 @@ def test_short_rows_keep_more_than_is_counted_and_no_more_than_is_said(dtype, le
     net = Net(SHAPE, dtype.itemsize, dtype.itemsize, Adapter(models.LORA_RANK), cpu=True)
     read = len(set(row.predicting_positions))
     expected = saved_bytes(net, Row(len(row.input_ids), read), checkpointing=False)
-    print(lengths, dtype, found / expected)
-    assert 1 < found / expected < 1 + SHORT_ROWS
+    assert 1.2 < found / expected < SHORT_ROWS
 
 
 # ---- what follows for every setting ----------------------------------------------------------------------------------

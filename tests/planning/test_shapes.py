@@ -102,9 +102,24 @@ def test_a_model_of_the_hub_that_cannot_be_reached_is_refused_with_what_to_give(
     def fail(*_, **__):
         raise OSError("no network")
 
+    monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(ValueError, match=r"(?s)'some/model' are not known.*no network.*--model_name_or_path"):
         shape_of("some/model")
+
+
+def test_a_hub_that_is_away_is_not_waited_for(monkeypatch):
+    asked = []
+
+    def cached(name, file, revision, local_files_only):
+        asked.append(local_files_only)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: "ConnectError: away")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
+    with pytest.raises(ValueError, match="ConnectError: away"):
+        shape_of("some/model")
+    assert asked == [True]
 
 
 SHAPE = Shape(64, 2, 4, 2, 16, 128, 512)
