@@ -456,7 +456,7 @@ def in_a_terminal(how, number=None):
                 shown += os.read(descriptor, 65536)
             except OSError:  # the other end is closed
                 break
-        if number is not None and re.search(rb"\b(9|1\d)/100 steps", shown):
+        if number is not None and re.search(rb"\b(9|\d\d)/100 steps", shown):
             os.kill(child, number)
             number = None
     os.close(descriptor)

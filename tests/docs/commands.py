@@ -28,7 +28,7 @@ from tests.docs.pages import ROOT, Block, all_pages, blocks
 
 SHELL, TRANSCRIPT = ("bash", "sh", ""), ("console", "text")
 NEEDS = re.compile(r"(?:^|\s)# (needs .+)$")
-TOOLS = ("cat", "curl", "head", "ls", "zcat")
+TOOLS = ("cat", "curl", "head", "ls", "printf", "zcat")
 """Programs of every machine, which are run as they stand."""
 _PROGRAMS = ("accelerate", "helpsteer-rloo", "make", "pip", "python", "source", "trl", *TOOLS)
 _ASSIGNMENT = re.compile(r"[A-Z_]+=")

@@ -109,6 +109,7 @@ class DocsWorld:
         with (
             contextlib.chdir(self.root),
             patch.object(sys, "argv", [words[0], *argv]),
+            patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(io.StringIO()) as errors,
         ):
@@ -183,6 +184,7 @@ def make_world(root: Path) -> DocsWorld:
     write_jsonl(root / "judgebench" / "data" / "pairs.jsonl", [_judged(number) for number in range(6)])
     rows = [{"messages": [{"role": "user", "content": "Name a tree."}], "responses": ["Oak.", "7"]}, make_row()]
     write_jsonl(root / "answers.jsonl", rows)
+    write_jsonl(root / "prompts.jsonl", [{"messages": row["messages"]} for row in rows[:1]])
     return DocsWorld(root)
 
 
