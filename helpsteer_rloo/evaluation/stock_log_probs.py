@@ -5,6 +5,7 @@ the `directory`, a list of id lists (`sequences`) and how the weights are held (
 one list a sequence: the log-probability of every token after the first, in nats. It imports nothing of this project.
 """
 
+import importlib
 import json
 import sys
 
@@ -14,6 +15,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    importlib.import_module("transformers.modeling_utils")  # else loading does so, after the question
     asked = json.loads(sys.stdin.readline())
     directory, base = asked["directory"], asked["base"]
     kwargs = {"dtype": getattr(torch, base["dtype"]), "trust_remote_code": base["trust_remote_code"]}

@@ -5,6 +5,7 @@ Run as a program in a fresh process: `python stock_scores.py` reads one line of 
 its last line. It imports nothing of this project: what it loads is what any user of the directory loads.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
+    importlib.import_module("transformers.modeling_utils")  # else loading does so, after the question
     asked = json.loads(sys.stdin.readline())
     directory, base = asked["directory"], asked["base"]
     kwargs = {"num_labels": 1, "dtype": getattr(torch, base["dtype"]), "trust_remote_code": base["trust_remote_code"]}
