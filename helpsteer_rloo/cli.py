@@ -1,6 +1,7 @@
 """The `helpsteer-rloo` command, and the functions behind the three scripts. Parsing comes before heavy imports."""
 
 import atexit
+import io
 import os
 import signal
 import sys
@@ -248,6 +249,9 @@ def guarded(work: Callable[[], None]) -> None:
     # one busy process: 1000 spins 87 and 109, 3000 70 and 142, 30000 62 and 450.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's CPU allocator: activations in huge pages
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding has no sign for is spelled out
+            stream.reconfigure(errors="backslashreplace")
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
     _end(_status_of(work))

@@ -16,10 +16,11 @@ class Stopped(Exception):  # noqa: N818 - no error
 
 
 class StopRequest:
-    """Whether a signal has asked for a stop; set by `listening`."""
+    """Whether a signal has asked for a stop, which `listening` sets, and whether who listened has stopped for it."""
 
     def __init__(self) -> None:
         self.made = False
+        self.answered = False
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal.
@@ -32,6 +33,21 @@ class StopRequest:
         self.made = True
         name = signal.Signals(number).name
         print(f"\n{name}: stopping after this step, with a checkpoint. Once more stops at once.", flush=True)
+
+
+_UNANSWERED: list[StopRequest] = []
+"""Requests that came too late for who listened, as in the last step of a training."""
+
+
+def stop_before(what: str) -> None:
+    """Stop before something is begun, if a request to stop is still unanswered.
+
+    Raises:
+        Stopped: there is one.
+    """
+    if _UNANSWERED:
+        _UNANSWERED.clear()
+        raise Stopped(f"Stopped as asked, before {what}; what is finished stays.")
 
 
 @contextmanager
@@ -47,3 +63,5 @@ def listening() -> Generator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if request.made and not request.answered:
+            _UNANSWERED.append(request)

@@ -10,6 +10,7 @@ from typing import Any
 
 from helpsteer_rloo.events import StageBegan, StageEnded, publish
 from helpsteer_rloo.heartbeat import LIMIT, Watch
+from helpsteer_rloo.preemption import stop_before
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.run_dir import STAGE_MARKER, RunDir, fingerprint, read_json, read_record, set_aside, write_json
 
@@ -52,6 +53,7 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
 
     Raises:
         ValueError: a stage failed for a reason the user can mend, or its directory holds something else.
+        Stopped: the run was asked to stop when a stage was all but finished.
     """
     for message in _changes(run, stages):
         say(message)
@@ -60,6 +62,7 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
         key = _key(run, stage, needed)
         before = is_finished(run, stage, key)
         if not before:
+            stop_before(f"stage {stage.name}")
             _run_one(run, stage, key, say)
         record = _finished(run, stage.name) or {}
         publish(StageEnded(stage.name, record["seconds"], before))

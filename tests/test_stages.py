@@ -1,12 +1,14 @@
 """Stages: run once, again when something changed, gone on with after an interruption, never over foreign files."""
 
 import os
+import signal
 import threading
 import time
 
 import pytest
 
 from helpsteer_rloo.heartbeat import beating
+from helpsteer_rloo.preemption import Stopped, listening
 from helpsteer_rloo.run_dir import RunDir, read_json
 from helpsteer_rloo.stages import Stage, run_stages, seconds_by_stage
 
@@ -342,3 +344,21 @@ def test_a_process_whose_main_one_is_gone_stops_and_says_so(world, monkeypatch, 
     assert world.ran == world.said == []
     if seconds:
         main_process.join()
+
+
+def test_a_request_to_stop_that_comes_too_late_for_a_stage_stops_before_the_next(tmp_path):
+    ran = []
+
+    def asked_in_its_last_step():
+        ran.append("model")
+        with listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    stages = [Stage("model", {}, asked_in_its_last_step), Stage("report", {}, lambda: ran.append("report") or {})]
+    run = RunDir(tmp_path)
+    with pytest.raises(Stopped, match="before stage report"):
+        run_stages(run, stages, print)
+    assert ran == ["model"]
+    run_stages(run, stages, print)
+    assert ran == ["model", "report"]

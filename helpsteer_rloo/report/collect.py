@@ -57,7 +57,7 @@ def find_run(given: str) -> RunDir:
     Raises:
         ValueError: there is none.
     """
-    path = Path(given)
+    path = Path(given).absolute()
     for candidate in (path, path.with_name(f"{path.name}.run"), path.parent):
         if (candidate / "stages").is_dir():
             return RunDir(candidate)

@@ -1,6 +1,7 @@
 """Fields of a JSON file, read with their types; what is missing or of another type is named with its file."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -63,10 +64,10 @@ class Node:
 
     def number(self, name: str) -> float:
         """The number in a field."""
-        value = float(self._of(name, (int, float), "a number"))
-        if not math.isfinite(value):
+        value = self._of(name, (int, float), "a number")
+        if not abs(value) <= sys.float_info.max:  # whole numbers may be larger than that
             raise self._wrong(name, "a finite number")
-        return value
+        return float(value)
 
     def count(self, name: str) -> int:
         """The whole number in a field."""
@@ -104,6 +105,7 @@ class Node:
         """Both ends of an interval; NaN for one that is null."""
         value = self.content.get(name)
         ends = cast(list[Any], value) if isinstance(value, list) else []
-        if len(ends) != 2 or not all(end is None or type(end) in (int, float) for end in ends):
+        usable = (end is None or (type(end) in (int, float) and not abs(end) > sys.float_info.max) for end in ends)
+        if len(ends) != 2 or not all(usable):
             raise self._wrong(name, "both ends of an interval")
         return tuple(math.nan if end is None else float(end) for end in ends)  # pyright: ignore[reportReturnType]

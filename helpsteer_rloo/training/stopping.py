@@ -16,7 +16,8 @@ def stopping_on_request(trainer: Trainer) -> Generator[None]:
     """Within, a signal makes the trainer save and stop at the end of its step.
 
     Raises:
-        Stopped: at the end, if that came before the last step.
+        Stopped: at the end, if that came before the last step. In the last one it is too late for this training, and
+            the run stops before its next stage.
     """
     with listening() as request:
         callback = _Stop(request)
@@ -45,3 +46,4 @@ class _Stop(TrainerCallback):
         if made.item():
             control.should_save = control.should_training_stop = True
             self.stopped_at = state.global_step
+            self._request.answered = True
