@@ -448,6 +448,7 @@ def in_a_terminal(how, number=None):
     if child == 0:
         os.environ.update(TERM="xterm-256color", COLUMNS="80", LINES="24")
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell lets its background jobs ignore
         os.execv(sys.executable, [sys.executable, "-c", LIVE, how])
     shown, deadline = b"", time.monotonic() + 60
     while time.monotonic() < deadline:
