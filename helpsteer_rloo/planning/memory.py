@@ -244,17 +244,6 @@ def heap_holes(net: Net, tokens: int, *, checkpointing: bool) -> float:
     return within * s.layers * (temporaries // 2 + wide)
 
 
-def program_bytes(net: Net, response: int) -> float:
-    """On a CPU in half precision, oneDNN's programs for products with as many keys as tokens have been drawn.
-
-    It writes new ones for every length, larger ones for longer ones, and keeps them: measured on a processor with AMX
-    280 MiB for 256 tokens, 930 for 512, 2,900 for 1,024.
-    """
-    if not net.cpu or net.weights >= FLOAT32:
-        return 0.0
-    return 26_500 * response**1.68
-
-
 # ---- whole passes ---------------------------------------------------------------------------------------------------
 
 

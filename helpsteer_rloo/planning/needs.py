@@ -13,7 +13,6 @@ from helpsteer_rloo.planning.memory import (
     Row,
     drawing_bytes,
     inference_bytes,
-    program_bytes,
     training_bytes,
 )
 from helpsteer_rloo.planning.request import (
@@ -105,10 +104,7 @@ def reward_row(stage: RewardStage, rig: Rig) -> Row:
 def rloo_need(stage: RLOOStage, rig: Rig) -> Need:
     """Training of the policy: sampling, scores, reference, and the passes that train."""
     trained, parameters = stage.trained, stage.trained.shape.causal_parameters()
-    others = {
-        **_beside_the_policy(stage, rig),
-        "programs of oneDNN": program_bytes(_net(trained, rig, trained.compute), stage.response),
-    }
+    others = _beside_the_policy(stage, rig)
     held = _Held(trained, parameters, rig, others)
     between = (held.standing, others, held.whole)
     rows = rloo_rows(stage, rig)
@@ -150,10 +146,7 @@ def evaluation_need(stage: EvaluationStage, rig: Rig) -> Need:
     """Judgement of the policy, with one model in memory at a time, whole on the main process."""
     policy, alone = stage.policy, replace(rig, processes=1, sharding="ddp")
     net = _net(policy, rig, compute=policy.weights)
-    weights = {
-        "base weights": float(policy.shape.causal_parameters() * policy.weights),
-        "programs of oneDNN": program_bytes(net, stage.response),
-    }
+    weights = {"base weights": float(policy.shape.causal_parameters() * policy.weights)}
     one = stage.prompt + stage.response
     row = Row(_filled(max(one, min(PASS_TOKENS, stage.prompts * one)), rig), PASS_TOKENS, PASS_TOKENS)
     phases = [
