@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from helpsteer_rloo.console import say
+from helpsteer_rloo.console import say, warn
 from helpsteer_rloo.processes import is_main_process, launched_sharding, process_count
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def refuse_what_cannot_fit(
         return
     said = f"{described(worst_of(needs))}, and there are {gib(memory.bytes)} GiB: {memory.what}."
     if not cannot_fit(needs, memory.bytes):
-        say(f"WARNING: memory may run out. {said} helpsteer-rloo plan shows what takes it.")
+        warn(f"memory may run out. {said} helpsteer-rloo plan shows what takes it.")
     elif force:
-        say(f"WARNING: the run cannot fit into memory, and goes on as --force says. {said}")
+        warn(f"the run cannot fit into memory, and goes on as --force says. {said}")
     else:
         fitting = advice(remedies(request, memory.bytes), prefix)
         raise ValueError(f"The run cannot fit into memory: {said}\n{fitting}\n--force starts it all the same.")
