@@ -22,10 +22,10 @@ from benchmarks import demo_world as world
 from helpsteer_rloo.data.preparation import prepare
 from helpsteer_rloo.evaluation.preference import judge
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.model.forward import pad_right
 from helpsteer_rloo.model.loading import load_reward_model, load_tokenizer
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.settings.knobs import DataKnobs
 
 BATCH = 64
 LARGEST_DIFFERENCE = 1e-4

@@ -238,11 +238,12 @@ def _flags(spec: Spec, kind: type[Reward] | type[RLOO]) -> list[str]:
 
 
 def _measure_reward(spec: Spec) -> Run:
-    from helpsteer_rloo.config import REWARD
     from helpsteer_rloo.model.loading import load_tokenizer
-    from helpsteer_rloo.parsing import parse_command
     from helpsteer_rloo.planning.needs import needs_of
-    from helpsteer_rloo.planning.request import Rig, request_of_reward
+    from helpsteer_rloo.planning.request import Rig
+    from helpsteer_rloo.planning.requesting import request_of_reward
+    from helpsteer_rloo.settings.config import REWARD
+    from helpsteer_rloo.settings.parsing import parse_command
     from helpsteer_rloo.training.reward_model import train_reward_model
 
     settings = parse_command(REWARD, _flags(spec, Reward))
@@ -272,11 +273,12 @@ def _pairs(spec: Spec) -> list[Any]:
 
 
 def _measure_rloo(spec: Spec) -> Run:
-    from helpsteer_rloo.config import RLOO as COMMAND
     from helpsteer_rloo.model.loading import load_tokenizer
-    from helpsteer_rloo.parsing import parse_command
     from helpsteer_rloo.planning.needs import needs_of
-    from helpsteer_rloo.planning.request import Rig, request_of_rloo
+    from helpsteer_rloo.planning.request import Rig
+    from helpsteer_rloo.planning.requesting import request_of_rloo
+    from helpsteer_rloo.settings.config import RLOO as COMMAND
+    from helpsteer_rloo.settings.parsing import parse_command
     from helpsteer_rloo.training.policy import train_policy
 
     argv = [*_flags(spec, RLOO), f"--reward_model_path={_reward_model(spec)}"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import demo_world as world
-from helpsteer_rloo.knobs import LOSSES
+from helpsteer_rloo.settings.knobs import LOSSES
 from helpsteer_rloo.statistics import mean
 
 

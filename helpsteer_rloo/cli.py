@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from helpsteer_rloo import __version__
-from helpsteer_rloo.knobs import EngineKnobs
 from helpsteer_rloo.preemption import STOPPED, Stopped
 from helpsteer_rloo.processes import process_count
+from helpsteer_rloo.settings.knobs import EngineKnobs
 
 INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def main() -> None:
     elif arguments[0] in COMMANDS:
         _DISPATCH[arguments[0]](arguments[1:])
     else:
-        from helpsteer_rloo.flags import unknown_name
+        from helpsteer_rloo.settings.flags import unknown_name
 
         sys.exit(f"helpsteer-rloo: {unknown_name(arguments[0], COMMANDS, 'command')}\n\n{_usage()}")
 
@@ -72,9 +72,9 @@ def _usage() -> str:
 
 def train_reward_model(argv: list[str] | None = None) -> None:
     """`reward_model_training.py`."""
-    from helpsteer_rloo.checks import check_reward
-    from helpsteer_rloo.config import REWARD
-    from helpsteer_rloo.parsing import parse_command
+    from helpsteer_rloo.settings.checks import check_reward
+    from helpsteer_rloo.settings.config import REWARD
+    from helpsteer_rloo.settings.parsing import parse_command
 
     settings = parse_command(REWARD, argv, checks=[check_reward])
 
@@ -89,9 +89,9 @@ def train_reward_model(argv: list[str] | None = None) -> None:
 
 def train_policy(argv: list[str] | None = None) -> None:
     """`rloo_helpsteer_training.py`."""
-    from helpsteer_rloo.checks import check_rloo
-    from helpsteer_rloo.config import RLOO
-    from helpsteer_rloo.parsing import parse_command
+    from helpsteer_rloo.settings.checks import check_rloo
+    from helpsteer_rloo.settings.config import RLOO
+    from helpsteer_rloo.settings.parsing import parse_command
 
     settings = parse_command(RLOO, argv, checks=[check_rloo])
 
@@ -106,7 +106,7 @@ def train_policy(argv: list[str] | None = None) -> None:
 
 def run_pipeline(argv: list[str] | None = None) -> None:
     """`train_pipeline.py`."""
-    from helpsteer_rloo.parsing import parse_pipeline
+    from helpsteer_rloo.settings.parsing import parse_pipeline
 
     settings = parse_pipeline(argv)
 
@@ -121,13 +121,13 @@ def run_pipeline(argv: list[str] | None = None) -> None:
 
 def run_demo(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo demo`."""
-    from helpsteer_rloo.demo import parse_demo
+    from helpsteer_rloo.commands.demo import parse_demo
 
     settings = parse_demo(argv)
 
     def work() -> None:
         with _shown(settings.pipeline.own):
-            from helpsteer_rloo import demo
+            from helpsteer_rloo.commands import demo
 
             demo.run_demo(settings)
 
@@ -136,7 +136,7 @@ def run_demo(argv: list[str] | None = None) -> None:
 
 def show_data(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo data`."""
-    from helpsteer_rloo.data_command import parse_data, run_data
+    from helpsteer_rloo.commands.data import parse_data, run_data
 
     settings = parse_data(argv)
     guarded(lambda: _in_view(lambda: run_data(settings)))
@@ -144,7 +144,7 @@ def show_data(argv: list[str] | None = None) -> None:
 
 def evaluate(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo evaluate`."""
-    from helpsteer_rloo.evaluate_command import parse_evaluate, run_evaluate
+    from helpsteer_rloo.commands.evaluate import parse_evaluate, run_evaluate
 
     settings = parse_evaluate(argv)
     guarded(lambda: _in_view(lambda: run_evaluate(settings)))
@@ -152,7 +152,7 @@ def evaluate(argv: list[str] | None = None) -> None:
 
 def plan(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo plan`."""
-    from helpsteer_rloo.plan_command import parse_plan, run_plan
+    from helpsteer_rloo.commands.plan import parse_plan, run_plan
 
     settings = parse_plan(argv)
     guarded(lambda: run_plan(settings))
@@ -160,7 +160,7 @@ def plan(argv: list[str] | None = None) -> None:
 
 def score(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo score`."""
-    from helpsteer_rloo.score_command import parse_score, run_score
+    from helpsteer_rloo.commands.score import parse_score, run_score
 
     settings = parse_score(argv)
     guarded(lambda: _in_view(lambda: run_score(settings)))
@@ -168,7 +168,7 @@ def score(argv: list[str] | None = None) -> None:
 
 def chat(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo chat`."""
-    from helpsteer_rloo.chat_command import parse_chat, run_chat
+    from helpsteer_rloo.commands.chat import parse_chat, run_chat
 
     settings = parse_chat(argv)
     guarded(lambda: run_chat(settings))
@@ -176,7 +176,7 @@ def chat(argv: list[str] | None = None) -> None:
 
 def best_of(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo best-of`."""
-    from helpsteer_rloo.best_of_command import parse_best_of, run_best_of
+    from helpsteer_rloo.commands.best_of import parse_best_of, run_best_of
 
     settings = parse_best_of(argv)
     guarded(lambda: run_best_of(settings))
@@ -184,7 +184,7 @@ def best_of(argv: list[str] | None = None) -> None:
 
 def serve(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo serve`."""
-    from helpsteer_rloo.serve_command import parse_serve, run_serve
+    from helpsteer_rloo.commands.serve import parse_serve, run_serve
 
     settings = parse_serve(argv)
     guarded(lambda: run_serve(settings))
@@ -192,7 +192,7 @@ def serve(argv: list[str] | None = None) -> None:
 
 def export(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo export`."""
-    from helpsteer_rloo.export_command import parse_export, run_export
+    from helpsteer_rloo.commands.export import parse_export, run_export
 
     settings = parse_export(argv)
     guarded(lambda: run_export(settings))
@@ -200,7 +200,7 @@ def export(argv: list[str] | None = None) -> None:
 
 def report(argv: list[str] | None = None) -> None:
     """`helpsteer-rloo report`."""
-    from helpsteer_rloo.report_command import parse_report, run_report
+    from helpsteer_rloo.commands.report import parse_report, run_report
 
     settings = parse_report(argv)
     guarded(lambda: run_report(settings))
@@ -225,14 +225,14 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
 
 def _shown(own: EngineKnobs) -> AbstractContextManager[None]:
     """Within, a run is shown as its flags say."""
-    from helpsteer_rloo.live import shown
+    from helpsteer_rloo.display.live import shown
 
     return shown(own.progress, own.progress_seconds)
 
 
 def _in_view(work: Callable[[], None]) -> None:
     """Do what has no such flags, with a live block in a terminal."""
-    from helpsteer_rloo.live import shown
+    from helpsteer_rloo.display.live import shown
 
     with shown("auto", otherwise="none"):
         work()

@@ -1,13 +1,48 @@
 """Before a run starts: whether it fits into the memory that is there."""
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from helpsteer_rloo.console import say, warn
+from helpsteer_rloo.display.console import say, warn
 from helpsteer_rloo.processes import is_main_process, launched_sharding, process_count
+from helpsteer_rloo.settings.config import PipelineSettings, Settings
 
 if TYPE_CHECKING:
     from helpsteer_rloo.planning.request import Request, Rig
+
+
+def check_fit(settings: Settings[Any], stage: str, finished: Collection[str]) -> None:
+    """Refuse a training of one stage that cannot fit into memory.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from helpsteer_rloo.planning.requesting import request_of_reward, request_of_rloo
+
+    request_of = request_of_reward if stage == "reward" else request_of_rloo
+    refuse_what_cannot_fit(
+        lambda rig: request_of(settings, rig),
+        use_cpu=bool(settings.trl.get("use_cpu")),
+        force=settings.own.force,
+        prefix=stage,
+        finished=finished,
+    )
+
+
+def check_fit_of_all(settings: PipelineSettings, finished: Collection[str]) -> None:
+    """Refuse a run of which a stage cannot fit into memory.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    from helpsteer_rloo.planning.requesting import request_of_pipeline
+
+    refuse_what_cannot_fit(
+        lambda rig: request_of_pipeline(settings, rig),
+        use_cpu=bool(settings.reward.trl.get("use_cpu") or settings.rloo.trl.get("use_cpu")),
+        force=settings.own.force,
+        finished=finished,
+    )
 
 
 def refuse_what_cannot_fit(

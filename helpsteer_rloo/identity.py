@@ -6,10 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.config import Settings
-from helpsteer_rloo.knobs import DataKnobs, RLOOKnobs
 from helpsteer_rloo.processes import launched_precision, process_count
 from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, read_json
+from helpsteer_rloo.settings.config import Settings
+from helpsteer_rloo.settings.knobs import DataKnobs, RLOOKnobs
 
 _PROBED_BYTES = 1 << 20
 _WITHOUT_EFFECT = (

@@ -38,6 +38,17 @@ class Span:
         return starts
 
 
+def check_cover(spans: Sequence[Span], tokens: int) -> None:
+    """Check that groups lie side by side over a whole row.
+
+    Raises:
+        ValueError: they leave tokens of it out, or go beyond it.
+    """
+    ends = [0, *(span.end for span in spans)]
+    if ends[-1] != tokens or any(span.start != end for span, end in zip(spans, ends, strict=False)):
+        raise ValueError(f"Spans that lie side by side cover a row of {tokens} tokens; these do not: {spans}.")
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """Groups in one row of T tokens, with the indices that heads need.

@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from helpsteer_rloo.checks import MINIMUM_ROOM
 from helpsteer_rloo.groups import Message
+from helpsteer_rloo.settings.checks import MINIMUM_ROOM
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 """Code points without a meaning of their own; one that a text does not use marks places in it."""

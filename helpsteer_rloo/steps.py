@@ -9,21 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpsteer_rloo.checks import prompt_room
-from helpsteer_rloo.config import Settings
-from helpsteer_rloo.console import data_table, findings_table, predictions_table, say, show, watch_sentence
 from helpsteer_rloo.data.sources import content_digest, locate
+from helpsteer_rloo.display.console import data_table, findings_table, predictions_table, say, show, watch_sentence
 from helpsteer_rloo.identity import effective_settings, reward_model_identity, tokenizer_identity
-from helpsteer_rloo.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
 from helpsteer_rloo.processes import is_main_process
-from helpsteer_rloo.provenance import provenance
-from helpsteer_rloo.reward_functions import reward_functions_digest
-from helpsteer_rloo.reward_record import (
+from helpsteer_rloo.records.provenance import provenance
+from helpsteer_rloo.records.reward_model import (
     check_base_record,
     check_reward_model,
     read_heldout_prompts,
     read_reward_record,
 )
+from helpsteer_rloo.reward_functions import reward_functions_digest
 from helpsteer_rloo.run_dir import (
     HELDOUT_PROMPTS,
     POLICY_RECORD,
@@ -36,6 +33,9 @@ from helpsteer_rloo.run_dir import (
     write_json,
     write_text,
 )
+from helpsteer_rloo.settings.checks import prompt_room
+from helpsteer_rloo.settings.config import Settings
+from helpsteer_rloo.settings.knobs import DataKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
 from helpsteer_rloo.stages import Stage
 
 if TYPE_CHECKING:

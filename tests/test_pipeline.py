@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from helpsteer_rloo import cli
-from helpsteer_rloo.checks import check_training
-from helpsteer_rloo.config import REWARD
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.groups import Message
-from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.report.collect import collect, find_run
 from helpsteer_rloo.report.page import render
 from helpsteer_rloo.run_dir import locked
+from helpsteer_rloo.settings.checks import check_training
+from helpsteer_rloo.settings.config import REWARD
+from helpsteer_rloo.settings.parsing import parse_command
 from helpsteer_rloo.steps import data_context, reward_stage
 from helpsteer_rloo.training.ledger import read_rollouts
 

@@ -2,14 +2,14 @@ import sys
 
 import pytest
 
-from helpsteer_rloo.checks import check_rloo
-from helpsteer_rloo.config import RLOO
-from helpsteer_rloo.parsing import parse_command
 from helpsteer_rloo.reward_functions import (
     check_reward_weights,
     load_reward_functions,
     reward_functions_digest,
 )
+from helpsteer_rloo.settings.checks import check_rloo
+from helpsteer_rloo.settings.config import RLOO
+from helpsteer_rloo.settings.parsing import parse_command
 
 SOURCE = """
 def brevity(completion_ids, **_):

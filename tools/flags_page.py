@@ -14,10 +14,10 @@ from typing import Any
 
 import helpsteer_rloo
 from helpsteer_rloo.cli import COMMANDS
-from helpsteer_rloo.config import PIPELINE, REWARD, RLOO, CommandSpec
-from helpsteer_rloo.demo import demo_flags
-from helpsteer_rloo.flags import Flag, own_flags
-from helpsteer_rloo.knobs import DataKnobs, EngineKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
+from helpsteer_rloo.commands.demo import demo_flags
+from helpsteer_rloo.settings.config import PIPELINE, REWARD, RLOO, CommandSpec
+from helpsteer_rloo.settings.flags import Flag, own_flags
+from helpsteer_rloo.settings.knobs import DataKnobs, EngineKnobs, PipelineKnobs, RewardKnobs, RLOOKnobs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MADE = "<!-- Made by `python -m tools.flags_page`; do not edit. -->"

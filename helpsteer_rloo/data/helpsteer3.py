@@ -17,7 +17,7 @@ from typing import Any
 from helpsteer_rloo.data.fields import FieldReader, shown
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, locate, read_rows
 from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup, Split
-from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.settings.knobs import DataKnobs
 
 _ENTITY = re.compile(r"&(?:lt|gt|amp|quot|apos|nbsp|#\d{1,7}|#x[0-9a-fA-F]{1,6});")
 """Entities are decoded only when written in full, so that `?a=1&copy=2` stays as it is."""

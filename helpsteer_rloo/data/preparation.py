@@ -12,9 +12,9 @@ from helpsteer_rloo.data.helpsteer3 import Corpus, Counts, hash_share, load_corp
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.events import counted
 from helpsteer_rloo.groups import Message, Preference, PromptGroup, Split, TokenGroup
-from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import fingerprint
+from helpsteer_rloo.settings.knobs import DataKnobs
 from helpsteer_rloo.statistics import binned
 
 PERCENTILES = (50, 90, 95, 99, 100)

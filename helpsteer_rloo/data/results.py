@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,3 +182,25 @@ class Results:
         if not isinstance(done, dict) or self.added[0] not in done:
             return None
         return {name: value for name, value in done.items() if name in self._names}
+
+
+def check_output(source: str, target: str) -> None:
+    """Check the names of the files that are read and written.
+
+    Raises:
+        ValueError: they are the same, or what is written has another ending.
+    """
+    if not target.endswith(".jsonl"):
+        raise ValueError(f"--output {target}: expected a name that ends in .jsonl.")
+    if Path(target).resolve() == Path(source).resolve():
+        raise ValueError(f"--output {target} is the file that is read; give another one.")
+
+
+def check_finite(raw: RawRow, scores: Sequence[float]) -> None:
+    """Raise where a score is no number.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"{raw.file.path}, line {raw.line}: a score is not finite: the reward model is damaged.")

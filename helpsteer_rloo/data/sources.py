@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from helpsteer_rloo.groups import Split
 from helpsteer_rloo.hub import absence
-from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.settings.knobs import DataKnobs
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 LONGEST_LINE = 64 << 20

@@ -1,7 +1,7 @@
 """Loading of tokenizers, policies and reward models, from a directory or the hub, with messages for users."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from helpsteer_rloo import reward_record
 from helpsteer_rloo.hub import absence
+from helpsteer_rloo.records import reward_model as reward_record
+from helpsteer_rloo.records.weights import COPY_AGAIN, check_weights, weight_shapes
+from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import read_json
-from helpsteer_rloo.weights import COPY_AGAIN, check_weights, weight_shapes
 
 Model = PreTrainedModel | PeftModel
 
@@ -288,3 +289,19 @@ def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, SafetensorError)
 """What loading raises for weights that are missing, cut short, or of another shape than the configuration says."""
+
+
+def own_renderer(directory: str, record: Mapping[str, Any], flag: str, *, trusted: bool) -> Renderer:
+    """The rendering that a reward model was trained with, on the tokenizer that lies beside it.
+
+    Raises:
+        ValueError: that tokenizer renders text otherwise.
+    """
+    tokenizer = load_tokenizer(directory, trust_remote_code=trusted)
+    renderer = Renderer(tokenizer, thinking=record["thinking"])
+    if different := renderer.differences(record["rendering"]):
+        raise ValueError(
+            f"{flag} {directory}: its tokenizer renders text otherwise than in training: "
+            f"{', '.join(different)} differ. Copy the directory again."
+        )
+    return renderer

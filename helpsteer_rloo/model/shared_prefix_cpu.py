@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from helpsteer_rloo.packing import Span, cheapest_runs
+from helpsteer_rloo.packing import Span, cheapest_runs, check_cover
 
 CALL_COST = 8192
 """What one more kernel call costs, in pairs of a query and a key; padding below it is the cheaper choice."""
@@ -61,9 +61,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
     Raises:
         ValueError: the spans do not cover the row.
     """
+    check_cover(spans, query.shape[2])
     plan = plan_row(tuple(spans))
-    if plan.tokens != query.shape[2]:
-        raise ValueError(f"The spans cover {plan.tokens} tokens of a row of {query.shape[2]}.")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attend.apply(query, key, value, plan, scaling)
     return _forward(query, key, value, plan, scaling)[0]
@@ -165,14 +164,7 @@ class Block(NamedTuple):
 
 @lru_cache(maxsize=64)
 def plan_row(spans: tuple[Span, ...]) -> Plan:
-    """Which kernel calls a row takes.
-
-    Raises:
-        ValueError: the spans do not lie side by side from the row's first token on.
-    """
-    ends = [0, *(span.end for span in spans)]
-    if any(span.start != end for span, end in zip(spans, ends, strict=False)):
-        raise ValueError(f"The spans of a row lie side by side; these do not: {spans}.")
+    """Which kernel calls a row takes; its spans lie side by side."""
     causal: list[Block] = []
     # A batch writes each token once, so that prompts and pieces stay apart, and pieces with more or fewer keys, which
     # may meet the same queries.
@@ -190,7 +182,7 @@ def plan_row(spans: tuple[Span, ...]) -> Plan:
                 pieces[block.keys].append(block)
     across = [_across(batch) for blocks in (prompts, *pieces.values()) for batch in batch_blocks(blocks)]
     return Plan(
-        ends[-1], tuple(_ranges([block[:2] for block in batch]) for batch in batch_blocks(causal)), tuple(across)
+        spans[-1].end, tuple(_ranges([block[:2] for block in batch]) for batch in batch_blocks(causal)), tuple(across)
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from helpsteer_rloo.packing import Span, cheapest_runs
+from helpsteer_rloo.packing import Span, cheapest_runs, check_cover
 from helpsteer_rloo.sizes import SHORT
 
 BATCH_COST = 4096
@@ -52,9 +52,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
     Raises:
         ValueError: the spans do not cover the row.
     """
-    ends = [0, *(span.end for span in spans)]
-    if ends[-1] != query.shape[2] or any(span.start != end for span, end in zip(spans, ends, strict=False)):
-        raise ValueError(f"Spans that lie side by side cover a row of {query.shape[2]} tokens; these do not: {spans}.")
+    check_cover(spans, query.shape[2])
     plan = plan_row(tuple(spans), query.shape[1], key.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):  # under which products are computed in half precision

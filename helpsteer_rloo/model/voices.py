@@ -13,7 +13,7 @@ from helpsteer_rloo.model.forward import prepare_packed
 from helpsteer_rloo.model.loading import Base, Model, end_ids, load_policy
 from helpsteer_rloo.model.roles import RewardRole, acting_as, can_share, load_own_reward, load_shared_reward
 from helpsteer_rloo.model.rollout import Completion, Sampling, sample, sample_groups, stream, supports_sampler
-from helpsteer_rloo.policy_record import PolicySource
+from helpsteer_rloo.records.policy import PolicySource
 
 _SEEDS = 2**31
 """Seeds that transformers' `generate` is given are below this."""

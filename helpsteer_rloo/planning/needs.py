@@ -15,16 +15,8 @@ from helpsteer_rloo.planning.memory import (
     inference_bytes,
     training_bytes,
 )
-from helpsteer_rloo.planning.request import (
-    EvaluationStage,
-    Judge,
-    Request,
-    RewardStage,
-    Rig,
-    RLOOStage,
-    Trained,
-    judge_of,
-)
+from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained
+from helpsteer_rloo.planning.requesting import judge_of
 from helpsteer_rloo.sizes import MOST_COPIED_BYTES, PASS_TOKENS, ROW_TOKENS, SHORT
 
 SHORTEST_PROMPT = 16

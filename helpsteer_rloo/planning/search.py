@@ -9,9 +9,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from helpsteer_rloo.checks import leaves_room
 from helpsteer_rloo.planning.needs import Need, needs_of
-from helpsteer_rloo.planning.request import Request, Trained, judge_of
+from helpsteer_rloo.planning.request import Request, Trained
+from helpsteer_rloo.planning.requesting import judge_of
+from helpsteer_rloo.settings.checks import leaves_room
 
 SMALLEST_LENGTH, SMALLEST_RESPONSE = 64, 32
 """Tokens below which no limit is proposed."""

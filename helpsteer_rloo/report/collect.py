@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 from helpsteer_rloo.alarms import Alarm, Watched, alarms, read_watched
 from helpsteer_rloo.checkpoints import TRAINER_STATE, logged, step_of
-from helpsteer_rloo.config import REWARD, RLOO, CommandSpec
-from helpsteer_rloo.knobs import PipelineKnobs
 from helpsteer_rloo.report.fields import Node
 from helpsteer_rloo.report.readings import answer_of, data_of, judged_of, pair_of, policy_judged_of
 from helpsteer_rloo.report.records import (
@@ -38,6 +36,8 @@ from helpsteer_rloo.run_dir import (
     read_json,
     read_lines,
 )
+from helpsteer_rloo.settings.config import REWARD, RLOO, CommandSpec
+from helpsteer_rloo.settings.knobs import PipelineKnobs
 
 T = TypeVar("T")
 MOST_SAMPLES = 5000

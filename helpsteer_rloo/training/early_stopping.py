@@ -6,7 +6,7 @@ from typing import Any, cast
 from transformers import EarlyStoppingCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from helpsteer_rloo.flags import FlagValue
+from helpsteer_rloo.settings.flags import FlagValue
 
 _COUNTER = "early_stopping_patience_counter"
 BY_LOSS: dict[str, FlagValue] = {

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from helpsteer_rloo.groups import Preference, TokenGroup
-from helpsteer_rloo.knobs import RewardKnobs
+from helpsteer_rloo.settings.knobs import RewardKnobs
 
 
 def pair_dataset(groups: Sequence[TokenGroup], own: RewardKnobs) -> Dataset:

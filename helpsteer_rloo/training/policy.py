@@ -11,20 +11,20 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from helpsteer_rloo.checkpoints import step_of
-from helpsteer_rloo.checks import prompt_room
-from helpsteer_rloo.config import Settings
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.data.preparation import rollout_prompts
-from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.groups import PromptGroup, TokenGroup
-from helpsteer_rloo.knobs import RLOOKnobs
 from helpsteer_rloo.model.loading import Base, read_reward_record
 from helpsteer_rloo.model.roles import GUARD_ADAPTER, REWARD_ADAPTER
 from helpsteer_rloo.processes import process_count
+from helpsteer_rloo.records.reward_model import read_heldout_prompts
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.reward_functions import load_reward_functions
-from helpsteer_rloo.reward_record import read_heldout_prompts
 from helpsteer_rloo.run_dir import WATCH
+from helpsteer_rloo.settings.checks import prompt_room
+from helpsteer_rloo.settings.config import Settings
+from helpsteer_rloo.settings.flags import FlagValue
+from helpsteer_rloo.settings.knobs import RLOOKnobs
 from helpsteer_rloo.training.ledger import discard_rollouts_from
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.running import save_final, train_to_the_end

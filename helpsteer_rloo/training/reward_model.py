@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from helpsteer_rloo.config import Settings
 from helpsteer_rloo.data.preparation import to_choose_by
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.knobs import RewardKnobs
 from helpsteer_rloo.model.forward import scalar_head, score_sequences
 from helpsteer_rloo.model.sharding import is_sharded, whole_weights
+from helpsteer_rloo.settings.config import Settings
+from helpsteer_rloo.settings.knobs import RewardKnobs
 from helpsteer_rloo.training.early_stopping import BY_LOSS, StopsEarly, had_stopped
 from helpsteer_rloo.training.pair_data import pair_dataset
 from helpsteer_rloo.training.reward import RewardConfig, RewardTrainer

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import trl
 
-from helpsteer_rloo.knobs import check_estimators
+from helpsteer_rloo.settings.knobs import check_estimators
 
 
 @dataclass

@@ -12,10 +12,10 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from helpsteer_rloo.config import Knobs, Settings
-from helpsteer_rloo.flags import FlagValue
 from helpsteer_rloo.model.loading import Base, has_bf16, weight_dtype
 from helpsteer_rloo.processes import process_count
+from helpsteer_rloo.settings.config import Knobs, Settings
+from helpsteer_rloo.settings.flags import FlagValue
 from helpsteer_rloo.training.tracking import run_name, trackers
 
 Args = TypeVar("Args", bound=TrainingArguments)

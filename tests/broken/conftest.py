@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, write_json, write_text
+from helpsteer_rloo.settings.knobs import DataKnobs
 from tests.broken.corpus import Place, World, write_world_data
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpsteer_rloo import cli
 from helpsteer_rloo.checkpoints import SEAL, damage, newest_whole, seal
 from helpsteer_rloo.model.loading import Base, check_base, load_policy, load_reward_model, load_tokenizer
-from helpsteer_rloo.reward_record import check_reward_model
+from helpsteer_rloo.records.reward_model import check_reward_model
 from tests.broken.corpus import changed_json
 from tests.broken.models import without_tensor
 

@@ -14,8 +14,8 @@ from helpsteer_rloo.data.helpsteer3 import Counts, read_all, select_rows, split_
 from helpsteer_rloo.data.preparation import FitCounts, tokenize_groups
 from helpsteer_rloo.data.sources import RowFile
 from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup
-from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.settings.knobs import DataKnobs
 from tests.data.rows import make_row, turns, write_parquet
 from tests.test_rendering import any_text
 

@@ -19,7 +19,7 @@ from helpsteer_rloo.data.helpsteer3 import (
     split_and_group,
 )
 from helpsteer_rloo.groups import Message
-from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.settings.knobs import DataKnobs
 from tests.data.rows import make_row, turns, write_jsonl, write_parquet
 
 

@@ -9,8 +9,8 @@ import pytest
 from helpsteer_rloo.data.helpsteer3 import hash_share, prompt_key
 from helpsteer_rloo.data.preparation import FitCounts, prepare, rollout_prompts, tokenize_groups
 from helpsteer_rloo.groups import Continuation, Message, Preference, PromptGroup
-from helpsteer_rloo.knobs import DataKnobs
 from helpsteer_rloo.rendering import Renderer
+from helpsteer_rloo.settings.knobs import DataKnobs
 from tests.data.rows import make_row, turns, write_jsonl
 
 LONG = tuple(

@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from helpsteer_rloo.data import sources
 from helpsteer_rloo.data.helpsteer3 import load_corpus
 from helpsteer_rloo.data.sources import BadRowError, RowFile, content_digest, locate, read_rows
-from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.settings.knobs import DataKnobs
 from tests.data.rows import make_row, turns, write_jsonl, write_parquet
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from helpsteer_rloo import checks, cli
+from helpsteer_rloo import cli
+from helpsteer_rloo.settings import checks
 from tests.docs.pages import ROOT, Block, all_pages, blocks
 
 SHELL, TRANSCRIPT = ("bash", "sh", ""), ("console", "text")

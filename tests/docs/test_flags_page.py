@@ -3,8 +3,8 @@
 import argparse
 
 from helpsteer_rloo.cli import COMMANDS
-from helpsteer_rloo.config import PIPELINE, REWARD, RLOO
-from helpsteer_rloo.demo import demo_flags
+from helpsteer_rloo.commands.demo import demo_flags
+from helpsteer_rloo.settings.config import PIPELINE, REWARD, RLOO
 from tools import flags_page
 
 

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from helpsteer_rloo.cli import COMMANDS
-from helpsteer_rloo.config import PIPELINE, REWARD, RLOO
-from helpsteer_rloo.demo import demo_flags
+from helpsteer_rloo.commands.demo import demo_flags
+from helpsteer_rloo.settings.config import PIPELINE, REWARD, RLOO
 from tests.docs.commands import check, commands_of
 from tests.docs.pages import DOCS, GENERATED, ROOT, Block, all_pages, spans
 from tools import flags_page

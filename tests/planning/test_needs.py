@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpsteer_rloo.config import REWARD, flags_named_of
-from helpsteer_rloo.parsing import parse_command, parse_pipeline
+from helpsteer_rloo.commands.plan import parse_plan
 from helpsteer_rloo.pipeline import stage_names
-from helpsteer_rloo.plan_command import parse_plan
 from helpsteer_rloo.planning.needs import needs_of
-from helpsteer_rloo.planning.request import Rig, request_of_pipeline, request_of_reward, unfinished
+from helpsteer_rloo.planning.request import Rig, unfinished
+from helpsteer_rloo.planning.requesting import request_of_pipeline, request_of_reward
 from helpsteer_rloo.planning.search import KNOBS, fits, largest, remedies, room_of
 from helpsteer_rloo.planning.shapes import QWEN3
+from helpsteer_rloo.settings.config import REWARD, flags_named_of
+from helpsteer_rloo.settings.parsing import parse_command, parse_pipeline
 
 GIB = 2**30
 SHAPE = QWEN3["Qwen/Qwen3-8B"]

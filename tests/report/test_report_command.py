@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from helpsteer_rloo import cli, reporting
+from helpsteer_rloo import cli
+from helpsteer_rloo.commands.report import page_of
+from helpsteer_rloo.display import live_report as reporting
+from helpsteer_rloo.display.live_report import reported
 from helpsteer_rloo.preemption import Stopped
-from helpsteer_rloo.report_command import page_of
-from helpsteer_rloo.reporting import reported
 from helpsteer_rloo.run_dir import RunDir, is_locked, locked, write_json
 from tests.report.runs import finish, make_run, make_small_run
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.qwen3 import modeling_qwen3
 
 from helpsteer_rloo.groups import Preference, TokenGroup
-from helpsteer_rloo.knobs import RewardKnobs
+from helpsteer_rloo.settings.knobs import RewardKnobs
 from helpsteer_rloo.training.packed import deal
 from helpsteer_rloo.training.pair_data import pair_dataset
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, StepShape, collate_pairs, fill_batches, pack_pairs

@@ -15,10 +15,10 @@ from transformers import (
 )
 from transformers.models.qwen3 import modeling_qwen3
 
-from helpsteer_rloo.config import RLOO
 from helpsteer_rloo.model.roles import RewardRole
 from helpsteer_rloo.objectives import leave_one_out
-from helpsteer_rloo.parsing import parse_command
+from helpsteer_rloo.settings.config import RLOO
+from helpsteer_rloo.settings.parsing import parse_command
 from helpsteer_rloo.training.ledger import discard_rollouts_from, read_rollouts
 from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer

@@ -12,7 +12,7 @@ from helpsteer_rloo import cli
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.training.ledger import read_rollouts
 from helpsteer_rloo.training.tracking import run_name, tracked
-from tests.test_progress import SMALL
+from tests.display.test_progress import SMALL
 
 INSTALLED = [name for name in ("tensorboard", "trackio", "wandb") if importlib.util.find_spec(name)]
 

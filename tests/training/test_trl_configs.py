@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpsteer_rloo.config import REWARD
+from helpsteer_rloo.settings.config import REWARD
 from helpsteer_rloo.training.reward import RewardConfig
 from helpsteer_rloo.training.trl_configs import build_args, with_its_processes
 

@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from helpsteer_rloo.commands.report import page_of
 from helpsteer_rloo.report.collect import find_run
-from helpsteer_rloo.report_command import page_of
 from tests.web import browser
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"

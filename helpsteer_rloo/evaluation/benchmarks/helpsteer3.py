@@ -8,7 +8,7 @@ from pathlib import Path
 from helpsteer_rloo.data.helpsteer3 import Counts, Row, chosen_response, prompt_key, read_all, unusable
 from helpsteer_rloo.data.sources import locate
 from helpsteer_rloo.evaluation.benchmarks.items import Benchmark, Item, Items, Result, Scores, by
-from helpsteer_rloo.knobs import DataKnobs
+from helpsteer_rloo.settings.knobs import DataKnobs
 from helpsteer_rloo.statistics import proportion
 
 FIELDS = ("response1", "response2")

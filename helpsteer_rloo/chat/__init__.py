@@ -1,0 +1,1 @@
+"""Answers of a policy, sampled for people who ask, and scored."""

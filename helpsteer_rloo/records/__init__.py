@@ -1,0 +1,1 @@
+"""What stands beside the weights of a model, and what they were made with."""
