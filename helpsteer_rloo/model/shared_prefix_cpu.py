@@ -143,12 +143,10 @@ class Plan:
     """The kernel calls of a row; they depend on its spans only, so that all layers and passes share them.
 
     Attributes:
-        tokens: T.
         causal: Ranges that attend to themselves; together, all tokens.
         across: Queries, and the keys before them that they all see.
     """
 
-    tokens: int
     causal: tuple[Ranges, ...]
     across: tuple[Across, ...]
 
@@ -181,9 +179,7 @@ def plan_row(spans: tuple[Span, ...]) -> Plan:
             for block in between:
                 pieces[block.keys].append(block)
     across = [_across(batch) for blocks in (prompts, *pieces.values()) for batch in batch_blocks(blocks)]
-    return Plan(
-        spans[-1].end, tuple(_ranges([block[:2] for block in batch]) for batch in batch_blocks(causal)), tuple(across)
-    )
+    return Plan(tuple(_ranges([block[:2] for block in batch]) for batch in batch_blocks(causal)), tuple(across))
 
 
 def split_causal(start: int, length: int) -> tuple[list[tuple[int, int]], list[Block]]:

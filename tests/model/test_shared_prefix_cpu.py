@@ -185,7 +185,8 @@ def test_prompts_of_several_lengths_are_one_call():
 
 
 def test_equal_groups_are_read_in_place():
-    plan = plan_row(spans_of([(31, (11, 11))] * 3))
+    spans = spans_of([(31, (11, 11))] * 3)
+    plan = plan_row(spans)
     ((continuations, prompts, bias),) = plan.across
     assert bias is None
     row = torch.arange(spans[-1].end * 16).view(-1, 2, 8)
