@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import helpsteer_rloo
+import helpsteer_rloo.commands
 from helpsteer_rloo.cli import COMMANDS
 from helpsteer_rloo.commands.demo import demo_flags
 from helpsteer_rloo.settings.config import PIPELINE, REWARD, RLOO, CommandSpec
@@ -44,16 +44,15 @@ def commands() -> dict[str, CommandSpec[Any]]:
     Raises:
         ValueError: a command has no description that flags could be read from.
     """
-    modules = [name for _, name, _ in pkgutil.iter_modules(helpsteer_rloo.__path__) if name.endswith("_command")]
     found = {
         value.program.removeprefix("helpsteer-rloo "): value
-        for name in modules
-        for value in vars(importlib.import_module(f"helpsteer_rloo.{name}")).values()
+        for _, name, _ in pkgutil.iter_modules(helpsteer_rloo.commands.__path__, "helpsteer_rloo.commands.")
+        for value in vars(importlib.import_module(name)).values()
         if isinstance(value, CommandSpec) and value.program.startswith("helpsteer-rloo ")
     }
     rest = [name for name in COMMANDS if name not in (*SCRIPTS, "demo")]
     if missing := set(rest) - set(found):
-        raise ValueError(f"no CommandSpec of a *_command module describes {', '.join(sorted(missing))}")
+        raise ValueError(f"no CommandSpec in helpsteer_rloo.commands describes {', '.join(sorted(missing))}")
     return {name: found[name] for name in rest}
 
 
