@@ -5,9 +5,11 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -69,6 +71,18 @@ def test_it_serves_until_it_is_told_to_stop(world):
         assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
     assert [status for status, _ in answers] == [200]  # begun before the signal, and answered
+
+
+def test_an_answer_waits_for_no_acknowledgement(world):
+    seconds = []
+    with serving(f"--reward_model_dir={world.reward}") as (_, port):
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            for _ in range(41):
+                start = time.perf_counter()
+                connection.request("GET", "/health")
+                assert connection.getresponse().read()
+                seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 0.03  # an acknowledgement that is held back takes 40 ms
 
 
 def _metrics(port):
