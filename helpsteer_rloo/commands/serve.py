@@ -82,7 +82,7 @@ def run_serve(settings: Settings[ServeKnobs]) -> None:
     """Load the reward model and serve it until SIGINT or SIGTERM; requests being answered then are finished.
 
     Raises:
-        ValueError: there is no usable reward model.
+        ValueError: there is no usable reward model, or its scores depend on what is scored together.
         OSError: the address cannot be listened on.
     """
     own = settings.own
@@ -91,6 +91,7 @@ def run_serve(settings: Settings[ServeKnobs]) -> None:
     from helpsteer_rloo.model.loading import load_reward_model, own_renderer
     from helpsteer_rloo.model.memory import AtOnce
     from helpsteer_rloo.serving.app import build_app
+    from helpsteer_rloo.serving.self_test import check_scores
     from helpsteer_rloo.serving.server import serve
     from helpsteer_rloo.serving.service import Limits
 
@@ -112,6 +113,7 @@ def run_serve(settings: Settings[ServeKnobs]) -> None:
     def score(groups: Sequence[TokenGroup]) -> list[list[float]]:
         return at_once.run(partial(score_groups, model, groups), own.batch_size, 1)
 
+    check_scores(score, model, renderer)
     app = build_app(name, score, renderer, limits, token)
     serve(app, own.host, own.port, lambda address: say(f"Serving {name} at {address}; Ctrl-C or SIGTERM ends it."))
     if app.state.batcher.is_busy:  # with what nobody waits for any more

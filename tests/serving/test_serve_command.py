@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from helpsteer_rloo import cli
-from helpsteer_rloo.model.forward import score_sequences
+from helpsteer_rloo.model.forward import score_groups, score_sequences
 from helpsteer_rloo.model.loading import load_reward_model, load_tokenizer
 from helpsteer_rloo.rendering import Message, Renderer
+from helpsteer_rloo.serving.self_test import check_scores
 from tests.broken.conftest import world
 
 __all__ = ["world"]
@@ -73,15 +74,31 @@ def test_it_serves_until_it_is_told_to_stop(world):
     assert [status for status, _ in answers] == [200]  # begun before the signal, and answered
 
 
+@pytest.mark.parametrize("wrong", [3.6e-4, float("nan")])
+def test_scores_that_depend_on_what_is_scored_together_are_not_served(world, wrong):
+    model, record = load_reward_model(world.reward)
+    renderer = Renderer(load_tokenizer(str(world.reward)), thinking=record["thinking"])
+    assert check_scores(lambda groups: score_groups(model, groups, 64), model, renderer) < 1e-5
+
+    def disturbed(groups):
+        first, *others = score_groups(model, groups, 64)
+        return [first, *others[:-1], [score + wrong for score in others[-1]]]
+
+    with pytest.raises(ValueError, match="scored together"):
+        check_scores(disturbed, model, renderer)
+
+
 def test_an_answer_waits_for_no_acknowledgement(world):
     seconds = []
-    with serving(f"--reward_model_dir={world.reward}") as (_, port):
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
-            for _ in range(41):
-                start = time.perf_counter()
-                connection.request("GET", "/health")
-                assert connection.getresponse().read()
-                seconds.append(time.perf_counter() - start)
+    with (
+        serving(f"--reward_model_dir={world.reward}") as (_, port),
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection,
+    ):
+        for _ in range(41):
+            start = time.perf_counter()
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 0.03  # an acknowledgement that is held back takes 40 ms
 
 
