@@ -14,7 +14,7 @@ from pathlib import Path
 from helpsteer_rloo.display.console import say
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
-from helpsteer_rloo.run_dir import RunDir
+from helpsteer_rloo.run_dir import RunDir, open_file
 
 SWITCH = "HELPSTEER_RLOO_REPORT"
 """Environment variable; with `off` in it no run writes its report."""
@@ -73,9 +73,9 @@ def _markers(run: RunDir) -> dict[str, int]:
 def _is_final(page: Path) -> bool:
     """Whether there is a page, and it is not that of a run that goes on."""
     try:
-        with page.open("rb") as file:
+        with open_file(page) as file:
             return RUNNING not in file.read(1000)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return False
 
 
@@ -107,7 +107,7 @@ class _Writer:
         """Write it once, in at most so many seconds; what goes wrong is said, and said once."""
         problem = self._attempt(LONGEST if longest is None else longest)
         if problem and problem != self._told:
-            say(f"WARNING: the report could not be written: {problem}")
+            say(f"WARNING: the report: {problem}")
         self._told = problem or self._told
 
     def _attempt(self, longest: float) -> str | None:
@@ -124,7 +124,7 @@ class _Writer:
                 while process.poll() is None:
                     if self._ended.wait(0.05) or time.monotonic() - begin > longest:
                         process.kill()
-                        return None if self._ended.is_set() else f"it took more than {longest:g} seconds."
+                        return None if self._ended.is_set() else f"it was given up after {longest:g} seconds."
                 errors.seek(0)
                 lines = errors.read().strip().splitlines()
         except OSError as error:

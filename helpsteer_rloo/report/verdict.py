@@ -34,6 +34,8 @@ def _of_state(run: Run) -> Iterator[Sentence]:
         ahead = f" before the stage {run.next_stage.replace('_', ' ')}" if run.next_stage else ""
         left = f" in the stage {', '.join(open_stages)}" if open_stages else ahead
         yield Sentence(f"It is not finished: it was left{left}. The same command goes on from there.", "look")
+    for problem in run.problems:
+        yield Sentence(f"This cannot be read, and is left out: {problem}", "look")
     for note in run.notes:
         yield Sentence(note, "look")
 

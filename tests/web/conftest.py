@@ -27,11 +27,12 @@ def browser():
 
 def written(directory, runs):
     """A page in a directory, of the runs in others."""
-    from helpsteer_rloo.commands.report import page_of
+    from helpsteer_rloo.commands.report import collected
     from helpsteer_rloo.report.collect import find_run
+    from helpsteer_rloo.report.page import render
 
     path = directory / "report.html"
-    path.write_text(page_of([find_run(str(run)) for run in runs]), encoding="utf-8")
+    path.write_text(render(collected([find_run(str(run)) for run in runs])), encoding="utf-8")
     return path
 
 
