@@ -108,7 +108,7 @@ def test_the_report_shows_what_was_found(finished):
     assert (directory / "policy" / "metrics.jsonl").read_text() == ""  # fewer steps than --logging_steps
     assert run.policy.judged.changes["reward"].after == summary["policy"]["reward_after"]
     assert {sample.domain for sample in run.policy.answers} <= set(run.data.splits["validation"].domains)
-    page = render([run])
+    page = render([run]).replace("\xa0", " ").replace("<wbr>", "")
     assert f"(n = {summary['reward_model']['heldout_pairs']})" in page
     for setting in run.settings:
         page = page.replace(setting.value, "")

@@ -22,6 +22,8 @@ EVERY = 60.0
 """Seconds between two reports while a stage goes on."""
 LOOK = 2.0
 """Seconds between two looks at whether a stage has ended."""
+LOOK_AT_PARENT = 0.5
+"""Seconds between two looks of the process that writes a report at whether the run's is still there."""
 LONGEST = 300.0
 """Seconds after which a report is given up."""
 LONGEST_WHEN_STOPPED = 10.0
@@ -59,6 +61,17 @@ def reported(run: RunDir) -> Generator[None]:
         writer.write()
     if run.report.exists():
         say(f"The report: {run.report}")
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, which may be killed without a chance to end it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_AT_PARENT)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _markers(run: RunDir) -> dict[str, int]:
@@ -112,7 +125,7 @@ class _Writer:
 
     def _attempt(self, longest: float) -> str | None:
         nice = [found, "-n", "19"] if (found := shutil.which("nice")) else []
-        command = [*nice, sys.executable, "-m", "helpsteer_rloo.cli", "report", str(self._run.root)]
+        command = [*nice, sys.executable, "-m", __name__, str(os.getpid()), str(self._run.root)]
         begin = time.monotonic()
         try:
             with (
@@ -132,3 +145,10 @@ class _Writer:
         if process.returncode <= 0:  # done, or ended by a signal that was meant for the run
             return None
         return lines[-1].removeprefix("error: ") if lines else f"exit status {process.returncode}"
+
+
+if __name__ == "__main__":
+    from helpsteer_rloo.cli import report
+
+    end_with(int(sys.argv[1]))
+    report(sys.argv[2:])

@@ -401,11 +401,16 @@ def _differences(settings: Mapping[str, Any]) -> Iterator[Setting]:
                 continue
             if stage == "pipeline":
                 of_pipeline[name] = str(value)
-            yield Setting(stage, name, str(value), default)
+            yield Setting(stage, name, _plain(str(value)), _plain(default.strip("'\"")))
 
 
 def _defaults(command: CommandSpec[Any]) -> dict[str, str]:
     return {flag.name: flag.default for section in command.flags().values() for flag in section}
+
+
+def _plain(value: str) -> str:
+    """A whole number as such: the parsers give `200.0` for some flags that take shares of the steps as well."""
+    return value.removesuffix(".0") if value.removesuffix(".0").lstrip("-").isdecimal() else value
 
 
 def _same(value: str, default: str) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def test_the_page_goes_into_the_runs_directory(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     cli.report([str(run)])
     page = (run / "report.html").read_text()
-    assert "The reward model orders 80.0 %" in page
+    assert "The reward model orders 80.0\xa0%" in page
     assert "report.html" in capsys.readouterr().out
     assert len(page) < 2_000_000
 
@@ -208,6 +209,23 @@ def test_only_one_report_at_a_time_is_written_and_none_outlives_its_run(run, rep
     assert len(started) == 1
     assert started[0].poll() is not None
     assert time.monotonic() - begin < 30
+
+
+def test_the_process_that_writes_a_report_ends_soon_after_a_run_that_was_killed(tmp_path):
+    """A run that is killed cannot end it."""
+    child = "import sys, time; from helpsteer_rloo.display.live_report import end_with; "
+    child += "end_with(int(sys.argv[1])); print('begun', flush=True); time.sleep(120)"
+    parent = (
+        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())]); "
+    )
+    parent += "time.sleep(120)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "begun\n"
+        assert not select.select([run.stdout], [], [], 1.5)[0]  # while the run lives, so does it
+        run.kill()
+        begin = time.monotonic()
+        assert run.stdout.read() == ""  # the end of the pipe, which it held
+        assert time.monotonic() - begin < 30
 
 
 def test_reports_can_be_switched_off(run, monkeypatch):
