@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
-from helpsteer_rloo.run_dir import read_json, write_json
+from helpsteer_rloo.run_dir import open_file, read_json, read_text, write_json
 
 SEAL = "sealed.json"
 """In a checkpoint: size and SHA-256 of every other file of it, by its path there."""
@@ -37,7 +37,7 @@ def seal(checkpoint: Path) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if its files are those that were sealed."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        sealed = json.loads(read_text(checkpoint / SEAL))
         for name, identity in sealed.items():
             path = checkpoint / name
             if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
@@ -139,5 +139,5 @@ def _files(checkpoint: Path) -> set[str]:
 
 
 def _identity(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

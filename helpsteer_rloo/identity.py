@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.processes import launched_precision, process_count
-from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, read_json
+from helpsteer_rloo.run_dir import REWARD_MODEL_RECORD, open_file, read_json
 from helpsteer_rloo.settings.config import Settings
 from helpsteer_rloo.settings.knobs import DataKnobs, RLOOKnobs
 
@@ -63,7 +63,7 @@ def model_identity(name: str) -> str:
         return name
     digest = hashlib.sha256()
     for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.jinja")]):
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(file.read(_PROBED_BYTES))
             file.seek(max(0, path.stat().st_size - _PROBED_BYTES))
@@ -77,8 +77,13 @@ def tokenizer_identity(name: str, revision: str | None) -> str:
     if not directory.is_dir():
         return f"{name}@{revision or 'main'}"
     files = [directory / file for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists()))
+    digest = hashlib.sha256(b"".join(_content(file) for file in files if file.exists()))
     return f"local:{digest.hexdigest()[:16]}"
+
+
+def _content(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
 
 
 def reward_model_identity(directory: Path) -> str | None:

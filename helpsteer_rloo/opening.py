@@ -1,5 +1,6 @@
 """How a run opens: whose it is, what is planned, whether it fits, and the record that it has begun."""
 
+import itertools
 import sys
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,21 +53,30 @@ class Opening:
         if recorded - finished:
             self.check_fit(finished)
         if set(names) - finished:
-            _record_start(self.run, self.settings, names)
+            self._record(names, finished)
         return stages
+
+    def _record(self, names: Sequence[str], finished: Collection[str]) -> None:
+        """Write down what the run was started with and for, to be looked at while it goes on and afterwards.
+
+        Of a stage behind one that is not finished nobody knows whether it will count: see `stages.note_passed`.
+        """
+        if not is_main_process():
+            return
+        content = {
+            "command": command_line(sys.argv),
+            "settings": dict(self.settings),
+            "stages": list(names),
+            "passed": list(itertools.takewhile(lambda name: name in finished, names)),
+            "provenance": provenance(),
+        }
+        write_json(self.run.start, content)
 
 
 def record_beside(output_dir: str) -> RunDir:
     """The run directory of a script: beside what it trains, since that is the model's alone."""
     path = Path(output_dir).resolve()
     return RunDir(path.with_name(path.name + ".run"))
-
-
-def _record_start(run: RunDir, settings: Mapping[str, Any], stages: Sequence[str]) -> None:
-    """Write down what the run was started with and for, to be looked at while it goes on and afterwards."""
-    if is_main_process():
-        what = {"command": command_line(sys.argv), "settings": dict(settings), "stages": list(stages)}
-        write_json(run.start, {**what, "provenance": provenance()})
 
 
 @contextmanager

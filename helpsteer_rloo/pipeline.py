@@ -218,7 +218,10 @@ def _weakness(heldout: dict[str, Any]) -> str:
 
 
 def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str]) -> dict[str, Any]:
-    """Everything the run found out, from the stages' records."""
+    """Everything the run found out, from the stages' records.
+
+    The provenance is that of the start that made it: where no stage had to be run, what is recorded of an earlier one.
+    """
     records = {name: read_json(run.stage(name)) for name in names}
     outputs = {name: record["outputs"] for name, record in records.items() if record}
     reward = (read_json(Path(settings.rloo.own.reward_model_path) / REWARD_MODEL_RECORD) or {}).get("heldout")
@@ -234,8 +237,13 @@ def summarize_run(run: RunDir, settings: PipelineSettings, names: Sequence[str])
         "seconds": seconds_by_stage(run, names),
         "seed": settings.own.seed,
         "settings": _described(settings),
-        "provenance": provenance(),
+        "provenance": _provenance_of(run) or provenance(),
     }
+
+
+def _provenance_of(run: RunDir) -> Any:
+    """What the results of a run were made with, if that is recorded; in older runs the summary alone says it."""
+    return (read_json(run.start) or read_json(run.summary) or {}).get("provenance")
 
 
 def _described(settings: PipelineSettings) -> dict[str, Any]:

@@ -5,11 +5,14 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -35,6 +38,14 @@ _MEND = "delete it and run the command again."
 
 STAGE_MARKER = "stage.json"
 """In a directory that a stage owns: which execution of which stage made its content."""
+
+_OTHER_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +180,55 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, advice: str = _MEND) -> dict[str, Any] | None:
+def require_file(path: Path, *, pipe: bool = False) -> None:
+    """Refuse what is no file: to read a pipe or a device may never begin, or never end.
+
+    Args:
+        path: What is there.
+        pipe: A pipe will do as well, which is what a shell makes of `<(zcat …)`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is something else.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode) or (pipe and stat.S_ISFIFO(mode)):
+        return
+    kind = next((name for is_kind, name in _OTHER_KINDS if is_kind(mode)), "no file")
+    raise ValueError(f"{path} is {kind}, where a file is expected; move it away.")
+
+
+def open_file(path: Path, *, pipe: bool = False) -> BufferedReader:
+    """Open a file to be read, if it is one (see `require_file`, also for what it raises)."""
+    require_file(path, pipe=pipe)
+    return path.open("rb")
+
+
+def read_text(path: Path, *, pipe: bool = False) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is no file (see `require_file`), or not UTF-8.
+    """
+    with open_file(path, pipe=pipe) as file:
+        return file.read().decode("utf-8")
+
+
+def read_json(path: Path, advice: str = _MEND, *, pipe: bool = False) -> dict[str, Any] | None:
     """Read a JSON object; `None` if there is no such file. `advice` says what to do about one that is damaged.
 
     Raises:
-        ValueError: the file is not a JSON object.
+        ValueError: it is no file (see `require_file`), or not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path, pipe=pipe)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); {advice}") from None
     except FileNotFoundError:
         return None
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {advice}") from None
     if not isinstance(content, dict):
@@ -200,12 +250,21 @@ def read_record(path: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dic
 
 
 def read_steps(directory: Path) -> dict[int, list[dict[str, Any]]]:
-    """The rows of all files `step-<optimizer step>.jsonl.gz` of a directory, in the order of the steps."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for path in sorted(directory.glob("step-*.jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
-            found[int(path.name[5:11])] = [json.loads(line) for line in file]
-    return found
+    """The rows of all files `step-<optimizer step>.jsonl.gz` of a directory, in the order of the steps.
+
+    Raises:
+        ValueError: one is no file, or damaged.
+    """
+    return {int(path.name[5:11]): _read_step(path) for path in sorted(directory.glob("step-*.jsonl.gz"))}
+
+
+def _read_step(path: Path) -> list[dict[str, Any]]:
+    with open_file(path) as packed:
+        try:
+            with gzip.open(packed, "rt", encoding="utf-8", errors="surrogatepass") as file:
+                return [json.loads(line) for line in file]
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}).") from None
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -220,11 +279,13 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """
     rows: list[dict[str, Any]] = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return rows, None
     except UnicodeDecodeError as error:
         return rows, f"{path} is not UTF-8 ({error})"
+    except (ValueError, OSError) as error:
+        return rows, str(error)
     for number, line in enumerate(text.split("\n"), start=1):
         if not line:
             continue
@@ -267,9 +328,11 @@ def locked(path: Path, what: Path) -> Generator[None]:
         what: The directory that it stands for.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it is no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        require_file(path)
     with path.open("a+", encoding="utf-8") as file:
         if not _taken(file):
             file.seek(0)
@@ -296,9 +359,13 @@ def _taken(file: IO[str]) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock file."""
+    """Whether a process holds a lock file.
+
+    Raises:
+        ValueError: it is no file.
+    """
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_file(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -1,5 +1,6 @@
 """Stages of a run: each is run once for the same inputs, goes on after an interruption, and leaves a marker last."""
 
+import itertools
 import json
 import time
 import uuid
@@ -65,9 +66,29 @@ def run_stages(run: RunDir, stages: Sequence[Stage], say: Say) -> dict[str, dict
             stop_before(f"stage {stage.name}")
             _run_one(run, stage, key, say)
         record = _finished(run, stage.name) or {}
+        note_passed(run, stage.name)
         publish(StageEnded(stage.name, record["seconds"], before))
         outputs[stage.name] = record["outputs"]
     return outputs
+
+
+def note_passed(run: RunDir, name: str, *, begins: bool = False) -> None:
+    """Keep in the run's record which stages it has passed since it was started: found finished, or brought to an end.
+
+    Markers alone do not tell: after a change of settings, those of later stages stand there until their turn comes. A
+    stage that `begins` is not passed any more, and nor are those after it. Older runs have no such record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    record = read_json(run.start) if is_main_process() else None
+    passed = record.get("passed") if record else None
+    if not isinstance(passed, list):
+        return
+    before = itertools.takewhile(lambda other: other != name, passed)
+    now = list(before if begins else dict.fromkeys([*passed, name]))
+    if now != passed:
+        write_json(run.start, {**(record or {}), "passed": now})
 
 
 def seconds_by_stage(run: RunDir, names: Sequence[str]) -> dict[str, float]:
@@ -181,6 +202,7 @@ def _begin(run: RunDir, stage: Stage, key: str, say: Say) -> bool:
             _set_aside(stage, say)
             stage.directory.mkdir(parents=True, exist_ok=True)
             write_json(stage.directory / STAGE_MARKER, {"stage": stage.name, "key": key, "execution": None})
+    note_passed(run, stage.name, begins=True)
     run.stage(stage.name).unlink(missing_ok=True)
     write_json(run.stage_started(stage.name), {"key": key, "inputs": _plain(stage.inputs)})
     return goes_on

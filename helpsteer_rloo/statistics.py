@@ -36,13 +36,13 @@ class Estimate:
         """Whether the whole interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
-    def brackets(self, shape: str = ".3f") -> str:
-        """The interval as it is printed: `[0.832, 0.886]`; empty where it is undefined."""
+    def brackets(self, shape: str = "z.3f") -> str:
+        """The interval as it is printed: `[0.832, 0.886]`; empty where it is undefined; zero has no sign (`z`)."""
         return "" if None in self.interval() else f"[{self.low:{shape}}, {self.high:{shape}}]"
 
     def __str__(self) -> str:
         """The estimate as it is printed: `0.861 [0.832, 0.886], n = 640`."""
-        return f"{self.value:.3f} {self.brackets()}".rstrip() + f", n = {self.count}"
+        return f"{self.value:z.3f} {self.brackets()}".rstrip() + f", n = {self.count}"
 
 
 def proportion(hits: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:

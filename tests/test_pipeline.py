@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpsteer_rloo import cli
+from helpsteer_rloo import cli, opening, pipeline
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.groups import Message
@@ -78,7 +78,9 @@ def test_the_summary_holds_everything(finished):
     assert "gold_before" not in policy
     stages = ["data", "reward_model", "verification", "rloo", "evaluation"]
     assert list(summary["seconds"]) == stages
-    assert json.loads((directory / "run.json").read_text())["stages"] == stages
+    started = json.loads((directory / "run.json").read_text())
+    assert started["stages"] == started["passed"] == stages
+    assert summary["provenance"] == started["provenance"]
     assert summary["provenance"]["trl"].startswith("1.16")
     adapter = "--use_peft" in arguments
     assert (directory / "reward_model" / "adapter_model.safetensors").exists() == adapter
@@ -106,7 +108,7 @@ def test_the_report_shows_what_was_found(finished):
     assert (directory / "policy" / "metrics.jsonl").read_text() == ""  # fewer steps than --logging_steps
     assert run.policy.judged.changes["reward"].after == summary["policy"]["reward_after"]
     assert {sample.domain for sample in run.policy.answers} <= set(run.data.splits["validation"].domains)
-    page = render([run])
+    page = render([run]).replace("\xa0", " ").replace("<wbr>", "")
     assert f"(n = {summary['reward_model']['heldout_pairs']})" in page
     for setting in run.settings:
         page = page.replace(setting.value, "")
@@ -146,6 +148,15 @@ def test_a_second_run_does_nothing_again_and_needs_no_torch(finished):
     assert "held-out accuracy" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in kept}
     assert len(kept) == len(list((directory / "stages").iterdir())) + 1
+
+
+def test_the_provenance_of_a_result_is_that_of_the_run_that_made_it(finished, monkeypatch):
+    directory, arguments = finished
+    kept = (directory / "summary.json").read_text()
+    for module in (pipeline, opening):
+        monkeypatch.setattr(module, "provenance", lambda: {"commit": "another"})
+    cli.run_pipeline(arguments)
+    assert (directory / "summary.json").read_text() == kept
 
 
 def test_scoring_options_change_nothing_but_training_options_invalidate(finished, capsys):

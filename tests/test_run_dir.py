@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import re
+import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,12 @@ from helpsteer_rloo import run_dir
 from helpsteer_rloo.run_dir import (
     RunDir,
     fingerprint,
+    is_locked,
     locked,
+    open_file,
     read_json,
+    read_lines,
+    read_steps,
     set_aside,
     write_bytes,
     write_json,
@@ -25,6 +32,53 @@ from helpsteer_rloo.run_dir import (
 
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
+
+
+# ---- what is no file ------------------------------------------------------------------------------------------------
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_socket(path):
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(os.path.relpath(path))  # the whole path may be too long for one
+    listening.close()
+
+
+def a_device(path):
+    path.symlink_to("/dev/null")
+
+
+def a_directory(path):
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [a_pipe, a_socket, a_device, a_directory])
+def test_what_is_no_file_is_refused_at_once(make, tmp_path):
+    path = tmp_path / "step-000001.jsonl.gz"
+    make(path)
+    said = rf"{path} is {make.__name__.replace('_', ' ')}, where a file is expected; move it away\."
+    for read in (open_file, read_json, is_locked, lambda path: read_steps(path.parent)):
+        with pytest.raises(ValueError, match=said):
+            read(path)
+    with pytest.raises(ValueError, match=said), locked(path, tmp_path):
+        pass
+    rows, problem = read_lines(path)
+    assert rows == []
+    assert re.fullmatch(said, problem)
+
+
+def test_a_pipe_that_the_user_named_is_read_as_a_file_is(tmp_path):
+    path = tmp_path / "given"
+    os.mkfifo(path)
+    writer = threading.Thread(target=lambda: path.write_text('{"rows": 3}'))
+    writer.start()
+    assert read_json(path, pipe=True) == {"rows": 3}
+    writer.join()
+    with pytest.raises(ValueError, match="is a device"):
+        read_json(Path("/dev/null"), pipe=True)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

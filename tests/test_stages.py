@@ -9,7 +9,7 @@ import pytest
 
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.preemption import Stopped, listening
-from helpsteer_rloo.run_dir import RunDir, read_json
+from helpsteer_rloo.run_dir import RunDir, read_json, write_json
 from helpsteer_rloo.stages import Stage, run_stages, seconds_by_stage
 
 
@@ -82,6 +82,24 @@ def test_stages_run_in_order_and_leave_a_marker_each(world):
         "model.json",
         "report.json",
     ]
+
+
+def test_the_runs_record_knows_which_stages_it_has_passed_since_it_was_started(world):
+    def passed():
+        return read_json(world.run.start)["passed"]
+
+    write_json(world.run.start, {"passed": []})
+    world.go()
+    assert passed() == ["data", "model", "report"]
+    before = world.run.start.stat().st_mtime_ns
+    world.go()
+    assert world.run.start.stat().st_mtime_ns == before
+    world.inputs["model"]["rate"] = 0.2
+    world.interrupt("model")
+    assert passed() == ["data"]  # though the marker of the last stage is there
+    assert world.run.stage("report").exists()
+    world.go()
+    assert passed() == ["data", "model", "report"]
 
 
 def test_finished_stages_are_not_run_again_and_their_outputs_are_returned(world):

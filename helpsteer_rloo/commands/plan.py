@@ -138,7 +138,7 @@ def _corpus(settings: PipelineSettings, request: "Request") -> "Corpus":
     length = request.rewards[0].max_length if request.rewards else own.max_length
     if own.data_json is None:
         return helpsteer3(length, room, english=own.language != "all")
-    report = read_json(Path(own.data_json), "Give the data.json of a run.")
+    report = read_json(Path(own.data_json), "Give the data.json of a run.", pipe=True)
     if report is None:
         raise ValueError(f"--data_json {own.data_json}: no such file.")
     return counted(report, length, room, own.data_json)

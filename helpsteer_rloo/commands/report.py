@@ -5,11 +5,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpsteer_rloo.display.console import say
-from helpsteer_rloo.run_dir import RunDir, locked, require_writable, write_text
+from helpsteer_rloo.run_dir import RunDir, locked, require_file, require_writable, write_text
 from helpsteer_rloo.settings.config import CommandSpec, Settings
 from helpsteer_rloo.settings.parsing import parse_command, split_positions
+
+if TYPE_CHECKING:
+    from helpsteer_rloo.report.records import Run
+
+MOST_PROBLEMS = 3
+"""Of a run, that the command tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +62,11 @@ def run_report(settings: Settings[ReportKnobs]) -> None:
     """Write the page, and say where it is.
 
     Raises:
-        ValueError: a directory holds no run, or the same as another; a file of one is damaged; or the page cannot be
-            written.
+        ValueError: a directory holds no run, or the same as another; the page cannot be written; or it is written, and
+            a file of a run is damaged.
     """
     from helpsteer_rloo.report.collect import find_run
+    from helpsteer_rloo.report.page import render
 
     own = settings.own
     runs = [find_run(name) for name in own.runs]
@@ -66,17 +74,27 @@ def run_report(settings: Settings[ReportKnobs]) -> None:
         raise ValueError(f"{', '.join(own.runs)}: a run is given twice; give each once.")
     target = Path(own.output) if own.output else runs[0].report if len(runs) == 1 else Path("report.html")
     require_writable(target, "--output")
+    if not own.output and target.exists():
+        require_file(target)
     alone = locked(runs[0].report_lock, target) if target == runs[0].report else nullcontext()
     with alone:
-        write_text(target, page_of(runs))
-    say(f"{target}: {', '.join(own.runs)}.")
+        shown = collected(runs)
+        write_text(target, render(shown))
+    say(f"{target}: {', '.join(run.name for run in shown)}.")
+    if broken := [f"{run.name}: {_in_short(run.problems)}" for run in shown if run.problems]:
+        raise ValueError(f"{target} is written without what cannot be read. {' '.join(broken)}")
 
 
-def page_of(runs: Sequence[RunDir]) -> str:
-    """The page of some runs, as they are now."""
+def collected(runs: Sequence[RunDir]) -> "list[Run]":
+    """Some runs as they are now, each under a name of its own."""
     from helpsteer_rloo.report.collect import collect, distinct_names
-    from helpsteer_rloo.report.page import render
 
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     names = distinct_names([run.root for run in runs])
-    return render([collect(run, now, name) for run, name in zip(runs, names, strict=True)])
+    return [collect(run, now, name) for run, name in zip(runs, names, strict=True)]
+
+
+def _in_short(problems: Sequence[str]) -> str:
+    """The first few problems of a run, and how many more there are."""
+    more = f" and {len(problems) - MOST_PROBLEMS} more, which the page has" if problems[MOST_PROBLEMS:] else ""
+    return f"{'; '.join(problem.rstrip('.') for problem in problems[:MOST_PROBLEMS])}{more}."

@@ -13,7 +13,7 @@ from helpsteer_rloo.data.fields import FieldReader
 from helpsteer_rloo.data.helpsteer3 import read_context
 from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, read_rows
 from helpsteer_rloo.groups import Message, TokenGroup
-from helpsteer_rloo.run_dir import read_json, require_writable, write_json
+from helpsteer_rloo.run_dir import read_json, require_file, require_writable, write_json
 
 ROWS_AT_ONCE = 256
 """Rows that are read, computed on and written together, if nothing else is said."""
@@ -68,6 +68,8 @@ class Results:
         if not self.source.is_file():
             raise ValueError(f"--input {self.source}: no such file.")
         require_writable(self.target, "--output")
+        if self.target.exists():
+            require_file(self.target)  # what is there is read, and gone on with
         beside = self.target.with_name(f"{self.target.name}.of.json")
         found, begun = read_json(beside), self.target.exists() and self.target.stat().st_size > 0
         if begun and found is None:

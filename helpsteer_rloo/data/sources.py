@@ -82,6 +82,10 @@ def locate(knobs: DataKnobs) -> list[RowFile]:
         if not path.name.endswith(ENDINGS):
             raise ValueError(f"{path}: unknown file type; expected one of {', '.join(ENDINGS)}.")
         return [RowFile(path, None)]
+    if path.exists() and not path.is_dir():
+        raise ValueError(
+            f"--dataset_name {path}: is a pipe or a device, but rows are read more than once; write them to a file."
+        )
     directory = path if path.is_dir() else _download(knobs)
     folders = dict.fromkeys((directory / knobs.dataset_subset, directory / "data", directory))
     folder = next((folder for folder in folders if folder.is_dir()), None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from helpsteer_rloo.display.console import say
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
-from helpsteer_rloo.run_dir import RunDir
+from helpsteer_rloo.run_dir import RunDir, open_file
 
 SWITCH = "HELPSTEER_RLOO_REPORT"
 """Environment variable; with `off` in it no run writes its report."""
@@ -22,6 +22,8 @@ EVERY = 60.0
 """Seconds between two reports while a stage goes on."""
 LOOK = 2.0
 """Seconds between two looks at whether a stage has ended."""
+LOOK_AT_PARENT = 0.5
+"""Seconds between two looks of the process that writes a report at whether the run's is still there."""
 LONGEST = 300.0
 """Seconds after which a report is given up."""
 LONGEST_WHEN_STOPPED = 10.0
@@ -61,6 +63,17 @@ def reported(run: RunDir) -> Generator[None]:
         say(f"The report: {run.report}")
 
 
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, which may be killed without a chance to end it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_AT_PARENT)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _markers(run: RunDir) -> dict[str, int]:
     """The records of stages that have begun or ended, with the time of each."""
     found: dict[str, int] = {}
@@ -73,9 +86,9 @@ def _markers(run: RunDir) -> dict[str, int]:
 def _is_final(page: Path) -> bool:
     """Whether there is a page, and it is not that of a run that goes on."""
     try:
-        with page.open("rb") as file:
+        with open_file(page) as file:
             return RUNNING not in file.read(1000)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return False
 
 
@@ -107,12 +120,12 @@ class _Writer:
         """Write it once, in at most so many seconds; what goes wrong is said, and said once."""
         problem = self._attempt(LONGEST if longest is None else longest)
         if problem and problem != self._told:
-            say(f"WARNING: the report could not be written: {problem}")
+            say(f"WARNING: the report: {problem}")
         self._told = problem or self._told
 
     def _attempt(self, longest: float) -> str | None:
         nice = [found, "-n", "19"] if (found := shutil.which("nice")) else []
-        command = [*nice, sys.executable, "-m", "helpsteer_rloo.cli", "report", str(self._run.root)]
+        command = [*nice, sys.executable, "-m", __name__, str(os.getpid()), str(self._run.root)]
         begin = time.monotonic()
         try:
             with (
@@ -124,7 +137,7 @@ class _Writer:
                 while process.poll() is None:
                     if self._ended.wait(0.05) or time.monotonic() - begin > longest:
                         process.kill()
-                        return None if self._ended.is_set() else f"it took more than {longest:g} seconds."
+                        return None if self._ended.is_set() else f"it was given up after {longest:g} seconds."
                 errors.seek(0)
                 lines = errors.read().strip().splitlines()
         except OSError as error:
@@ -132,3 +145,10 @@ class _Writer:
         if process.returncode <= 0:  # done, or ended by a signal that was meant for the run
             return None
         return lines[-1].removeprefix("error: ") if lines else f"exit status {process.returncode}"
+
+
+if __name__ == "__main__":
+    from helpsteer_rloo.cli import report
+
+    end_with(int(sys.argv[1]))
+    report(sys.argv[2:])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.hub import absence
+from helpsteer_rloo.run_dir import read_text
 
 ARCHITECTURES = ("qwen3", "llama")
 """Model types that the engine's own passes are made for; others go through TRL's, which are not planned."""
@@ -130,7 +131,7 @@ def shape_of(model: str, revision: str | None = None) -> Shape:
 
 def _shape_in(path: Path) -> Shape:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except OSError as error:
         raise ValueError(f"The dimensions of the model are not known: {path} cannot be read ({error}).") from None
     except ValueError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.records.weights import check_weights
-from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, read_json
+from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, open_file, read_json
 from helpsteer_rloo.settings.knobs import DataKnobs
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -114,10 +114,11 @@ def read_heldout_prompts(directory: str | Path) -> set[str]:
     """Keys of the prompts that a reward model was verified on, which no policy may train on.
 
     Raises:
-        ValueError: the file holds anything else, or nothing.
+        ValueError: it is no file, or holds anything else, or nothing.
     """
     path = Path(directory) / HELDOUT_PROMPTS
-    keys = path.read_bytes().decode("utf-8", "replace").split()
+    with open_file(path) as file:
+        keys = file.read().decode("utf-8", "replace").split()
     if not keys or not all(map(_PROMPT_KEY.fullmatch, keys)):
         raise ValueError(
             f"{path} is damaged: expected at least one line, each with the 32 hexadecimal digits of a key."

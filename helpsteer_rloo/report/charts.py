@@ -12,6 +12,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from helpsteer_rloo.report.readings import around
 from helpsteer_rloo.report.records import Bin, Histogram, Point
 from helpsteer_rloo.statistics import Estimate
 
@@ -25,8 +26,14 @@ _VARIABLES = {_TEXT: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_COLOURS, start=1)
 }
 """Colours that stand for those of the page's style sheet, which has a set for dark and one for light."""
-_TINY = 1e-3
-"""Below which numbers are written with an exponent."""
+_TICKS, _APART = 5, 8
+"""About how many ticks an axis has, and pixels between their labels, which are wider in some browsers' fonts."""
+_SHORT, _LONG = 16, 22
+"""Letters of a name beside which another one has room in a legend, and of the longest that is shown whole there."""
+_END = f"length(datum.label) > {_LONG} ? '…' + slice(datum.label, {1 - _LONG}) : datum.label"
+"""Of a longer one the end, which says what part of a run it is."""
+_TINY, _HUGE = 1e-3, 1e6
+"""Below and from which numbers are written with an exponent."""
 _DASHES: list[list[int]] = [[1, 0], [5, 3], [2, 2], [8, 3, 2, 3], [1, 0], [5, 3]]
 _MARKS = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 """So that series can be told apart without colours as well."""
@@ -72,11 +79,11 @@ def lines(series: Sequence[Line], axes: Axes) -> _Chart:
     points = [(line.name, *point) for line in series for point in line.points]
     rows: list[dict[str, Any]] = [{"i": i, "x": x, "y": y, "s": name} for i, (name, x, y) in enumerate(points)]
     told = _series((line.name for line in series), axes)
-    x = alt.X("x:Q", title=axes.x, axis=_axis(), scale=alt.Scale(nice=False, zero=False, padding=4))
-    tiny = max((abs(row["y"]) for row in rows), default=1.0) < _TINY
+    x_axis, y_axis = (_axis_of([row[column] for row in rows]) for column in ("x", "y"))
+    x = alt.X("x:Q", title=axes.x, axis=x_axis, scale=alt.Scale(nice=False, zero=False, padding=4))
     limits = axes.limits or _around([row["y"] for row in rows], zero=axes.zero)
-    scale = alt.Scale(domain=limits) if limits else alt.Scale(zero=axes.zero, nice=True)
-    y = alt.Y("y:Q", title=axes.y or None, axis=_axis(**({"format": ".1e"} if tiny else {})), scale=scale)
+    scale = alt.Scale(domain=limits) if limits else alt.Scale(zero=axes.zero, nice=_TICKS)
+    y = alt.Y("y:Q", title=axes.y or None, axis=y_axis, scale=scale)
     marks = axes.marks or max(len(line.points) for line in series) < 2
     base = alt.Chart(_data(rows)).encode(x=x, y=y, color=told.colour())
     line = base.mark_line(strokeWidth=2, strokeJoin="round").encode(order="i:Q")
@@ -84,7 +91,7 @@ def lines(series: Sequence[Line], axes: Axes) -> _Chart:
         dotted = base.mark_point(filled=True, size=36, opacity=1).encode(shape=told.told_by(alt.Shape, _MARKS))
         drawn: _Chart = line + dotted
     else:
-        drawn = line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES))
+        drawn = line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES, symbolSize=140))
     return _sized(drawn if axes.rule is None else _horizontal(axes.rule) + drawn)
 
 
@@ -101,7 +108,7 @@ def steps(series: Sequence[tuple[str, Histogram]], axes: Axes) -> _Chart:
     base = alt.Chart(_data(rows)).encode(x=x, y=y, color=told.colour(symbolType="stroke", symbolOpacity=1))
     area = base.mark_area(interpolate="step-after", opacity=0.16).encode(y=alt.Y("y:Q", stack=None))
     line = base.mark_line(interpolate="step-after", strokeWidth=1.75)
-    return _sized(area + line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES)))
+    return _sized(area + line.encode(strokeDash=told.told_by(alt.StrokeDash, _DASHES, symbolSize=140)))
 
 
 def bars(rows: Sequence[tuple[str, str, float]], axes: Axes) -> _Chart:
@@ -130,7 +137,8 @@ def dots(rows: Sequence[Dot], axes: Axes) -> _Chart:
     base = alt.Chart(_data(data)).encode(y=_rows([dot.row for dot in rows]), yOffset=told.offset, color=told.colour())
     whiskers = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=axes.x, scale=scale), x2="high:Q")
     points = base.mark_point(filled=True, size=48, opacity=1).encode(
-        x=alt.X("x:Q", title=axes.x, scale=scale, axis=_axis()), shape=told.told_by(alt.Shape, _MARKS)
+        x=alt.X("x:Q", title=axes.x, scale=scale, axis=_axis_of([row[end] for row in data for end in ("low", "high")])),
+        shape=told.told_by(alt.Shape, _MARKS),
     )
     drawn = whiskers + points
     if axes.rule is not None:
@@ -167,7 +175,14 @@ def _data(rows: Sequence[dict[str, Any]]) -> alt.Data:
 
 
 def _axis(**more: Any) -> alt.Axis:
-    return alt.Axis(tickCount=5, labelOverlap=True, **more)
+    return alt.Axis(tickCount=_TICKS, labelOverlap=True, labelSeparation=_APART, **more)
+
+
+def _axis_of(values: Sequence[float]) -> alt.Axis:
+    """An axis on which such values lie, its numbers written so that they are short."""
+    largest = max((abs(value) for value in values), default=1.0)
+    short = {"format": ".1e"} if 0 < largest < _TINY else {"format": ".3~g"} if largest >= _HUGE else {}
+    return _axis(**short)
 
 
 def _around(values: Sequence[float], *, zero: bool) -> tuple[float, float] | None:
@@ -175,7 +190,7 @@ def _around(values: Sequence[float], *, zero: bool) -> tuple[float, float] | Non
     low, high = min(values, default=0.0), max(values, default=1.0)
     if low != high or (zero and low):
         return None
-    return (low - (abs(low) or 1.0) / 2, low + (abs(low) or 1.0) / 2)
+    return around(low)
 
 
 def _rows(names: Sequence[str]) -> alt.Y:
@@ -194,7 +209,8 @@ class _Series:
         """A channel with a value of its own for each series, as far as there are values."""
         shown = list(itertools.islice(itertools.cycle(values), len(self.names)))
         scale = alt.Scale(domain=list(self.names), range=shown)
-        legend = {"title": None, "orient": "top", "columns": 2, "labelLimit": 130, **legend}
+        columns = 2 if max(map(len, self.names)) <= _SHORT else 1
+        legend = {"title": None, "orient": "top", "columns": columns, "labelLimit": 0, "labelExpr": _END, **legend}
         return channel("s:N", scale=scale, legend=alt.Legend(**legend) if self.named else None, sort=list(self.names))
 
     def colour(self, **legend: Any) -> Any:
@@ -240,10 +256,12 @@ _CONFIG: dict[str, Any] = {
         "tickColor": _GRID,
         "labelFlush": False,
     },
+    "axisY": {"titlePadding": 12},
     "legend": {
         "labelColor": _TEXT,
         "labelFontSize": 11,
         "symbolStrokeWidth": 2,
+        "symbolSize": 60,
         "rowPadding": 2,
         "columnPadding": 26,
         "offset": 4,

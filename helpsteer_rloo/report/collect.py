@@ -1,6 +1,7 @@
 """A run's directory, read as far as the run has come."""
 
 import functools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from helpsteer_rloo.run_dir import (
     is_locked,
     read_json,
     read_lines,
+    verification_name,
 )
 from helpsteer_rloo.settings.config import REWARD, RLOO, CommandSpec
 from helpsteer_rloo.settings.knobs import PipelineKnobs
@@ -57,7 +59,7 @@ def find_run(given: str) -> RunDir:
     Raises:
         ValueError: there is none.
     """
-    path = Path(given).absolute()
+    path = Path(os.path.realpath(given))
     for candidate in (path, path.with_name(f"{path.name}.run"), path.parent):
         if (candidate / "stages").is_dir():
             return RunDir(candidate)
@@ -82,10 +84,9 @@ def distinct_names(roots: Sequence[Path]) -> list[str]:
 def collect(run: RunDir, as_of: str, name: str = "") -> Run:
     """Everything that a run's directory tells at a time; its name is that of the directory, or the one given.
 
-    Raises:
-        ValueError: a file of a run that does not go on any more is damaged, with its name and the field.
+    What cannot be read is left out and named, so that the rest can be seen.
     """
-    reader = _Reader(run, is_locked(run.lock))
+    reader = _Reader(run)
     settings = reader.start.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     names = reader.stage_names()
@@ -93,7 +94,7 @@ def collect(run: RunDir, as_of: str, name: str = "") -> Run:
     policy = reader.policy(names, settings)
     return Run(
         name=name or run.root.resolve().name,
-        state=reader.state(names),
+        state=reader.state(),
         as_of=as_of,
         stages=tuple(reader.stage_states(names)),
         next_stage=reader.next_stage(names),
@@ -101,10 +102,11 @@ def collect(run: RunDir, as_of: str, name: str = "") -> Run:
         seed=_seed(settings),
         versions=_versions(reader.start.get("provenance")),
         settings=tuple(_differences(settings)),
-        data=reader.part(reader.data),
+        data=None if reader.is_stale("data") else reader.part(reader.data),
         reward_models=models,
         policy=policy,
         notes=tuple(reader.notes),
+        problems=tuple(reader.problems),
     )
 
 
@@ -124,27 +126,32 @@ class _Ended:
 
 @dataclass
 class _Reader:
-    """Reads the files of a run; what cannot be read is a note while the run goes on, and an error afterwards."""
+    """Reads the files of a run; what cannot be read is a note while the run goes on, and a problem afterwards."""
 
     run: RunDir
-    goes_on: bool
+    goes_on: bool = False
     notes: list[str] = field(default_factory=list[str])
+    problems: list[str] = field(default_factory=list[str])
     start: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
+        self.goes_on = bool(self.part(lambda: is_locked(self.run.lock)))
         found = self.part(lambda: read_json(self.run.start)) or self.part(lambda: read_json(self.run.summary))
         self.start = found or {}
 
     def part(self, read: Callable[[], T]) -> T | None:
-        """One part of the run; None, with a note, if it cannot be read now."""
+        """One part of the run; None, if it cannot be read, which is told."""
         try:
             return read()
-        except (ValueError, OSError, EOFError) as error:
-            message = str(error).replace(f"{self.run.root}/", "")
-            if not self.goes_on:
-                raise ValueError(f"{self.run.root}: {message} (The rest can be seen without that file.)") from error
-            self.notes.append(message)
+        except (ValueError, OSError) as error:
+            self.tell(str(error))
             return None
+
+    def tell(self, problem: str) -> None:
+        """Say once what cannot be read; of a run that goes on it may be readable before long."""
+        told, message = self.notes if self.goes_on else self.problems, problem.replace(f"{self.run.root}/", "")
+        if message not in told:
+            told.append(message)
 
     def node(self, path: Path) -> Node | None:
         """The object in a file, if there is one."""
@@ -159,27 +166,45 @@ class _Reader:
         names = self.start.get("stages")
         return [str(name) for name in names] if isinstance(names, list) else []
 
+    @property
+    def passed(self) -> list[str] | None:
+        """The stages that it has passed since it was started; None if it is older than this being written down."""
+        names = self.start.get("passed")
+        return [str(name) for name in names] if isinstance(names, list) else None
+
+    def is_stale(self, stage: str) -> bool:
+        """Whether what there is of a stage may be of an earlier start, with other settings."""
+        return self.passed is not None and stage in self.planned and stage not in self.passed
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage has ended, and not in an earlier start alone."""
+        return self.run.stage(stage).exists() and not self.is_stale(stage)
+
     def stage_names(self) -> list[str]:
-        """Stages that have begun, in the order that they run in, and not those of an earlier start with other ones."""
-        files = self.run.stage("x").parent.glob("*.json")
-        begun = {path.name.removesuffix(_STARTED).removesuffix(".json") for path in files}
-        return [name for name in self.planned if name in begun] if self.planned else sorted(begun, key=_place)
+        """Stages that have begun, in the order that they run in, and not those of an earlier start."""
+        if not self.planned:
+            files = self.run.stage("x").parent.glob("*.json")
+            return sorted({path.name.removesuffix(_STARTED).removesuffix(".json") for path in files}, key=_place)
+        ahead = next((name for name in self.planned if not self.is_done(name)), "")
+        begun = {ahead} if ahead and self.run.stage_started(ahead).exists() else set[str]()
+        return [name for name in self.planned if self.is_done(name) or name in begun]
 
     def next_stage(self, names: Sequence[str]) -> str:
         """The first stage that is planned and has not begun."""
         return next((name for name in self.planned if name not in names), "")
 
-    def state(self, names: Sequence[str]) -> State:
+    def state(self) -> State:
         """Whether the run goes on, has ended, or was left in the middle or between two stages."""
         if self.goes_on:
             return "running"
-        wanted = self.planned or names
-        return "finished" if wanted and all(self.run.stage(name).exists() for name in wanted) else "unfinished"
+        wanted = self.planned or self.stage_names()
+        return "finished" if wanted and all(map(self.is_done, wanted)) else "unfinished"
 
     def stage_states(self, names: Sequence[str]) -> Iterator[StageState]:
         """The stages, with the seconds of those that have ended."""
         for name in names:
-            yield StageState(name, self.part(functools.partial(self.seconds, name)))
+            seconds = self.part(functools.partial(self.seconds, name)) if self.is_done(name) else None
+            yield StageState(name, seconds)
 
     def seconds(self, stage: str) -> float | None:
         """Seconds that a stage took, if it has ended."""
@@ -188,7 +213,7 @@ class _Reader:
 
     def outputs(self, stage: str) -> Node | None:
         """What a stage that has ended found."""
-        node = self.node(self.run.stage(stage))
+        node = self.node(self.run.stage(stage)) if self.is_done(stage) else None
         return node.inside("outputs") if node else None
 
     def directory(self, stage: str, set_to: object) -> Path | None:
@@ -240,7 +265,7 @@ class _Reader:
             steps=trained.steps,
             bad_steps=trained.bad_steps,
             judged=self.part(lambda: self.judged(directory)) if directory else None,
-            pairs=self.samples(self.run.pairs(stage), pair_of),
+            pairs=self.samples(verification_name(stage), self.run.pairs(stage), pair_of),
         )
 
     def judged(self, directory: Path) -> Judged | None:
@@ -253,22 +278,36 @@ class _Reader:
         if directory is None:
             return Log()
         rows, problem = read_lines(directory / METRICS)
-        if problem and not self.goes_on:  # of one that goes on, the last line may be half written
+        if problem and self.state() == "finished":
+            self.tell(problem)
+        elif problem and not self.goes_on:  # one that was killed may have left half a line, which is no damage
             self.notes.append(problem.replace(f"{self.run.root}/", ""))
         if not rows:
             states = sorted(directory.glob(f"checkpoint-*/{TRAINER_STATE}"), key=lambda path: step_of(path.parent))
             rows = (self.part(lambda: logged(states[-1].parent)) if states else None) or []
         return Log(tuple(row for row in rows if isinstance(row.get("step"), int)))
 
-    def samples(self, path: Path, read: Callable[[int, Mapping[str, Any], str], Sample]) -> tuple[Sample, ...]:
-        """The first lines of a file of samples."""
+    def samples(
+        self, stage: str, path: Path, read: Callable[[int, Mapping[str, Any], str], Sample]
+    ) -> tuple[Sample, ...]:
+        """The first lines of the file of samples that a stage writes."""
+        if self.is_stale(stage):
+            return ()
         rows, problem = read_lines(path)
         if problem:
-            self.part(lambda: _refuse(problem))
+            self.tell(problem)
         if len(rows) > MOST_SAMPLES:
             self.notes.append(f"{path.name} has {len(rows)} lines, of which the first {MOST_SAMPLES} are here.")
-        numbered = enumerate(rows[:MOST_SAMPLES], start=1)
-        return self.part(lambda: tuple(read(number, row, path.name) for number, row in numbered)) or ()
+        found: list[Sample] = []
+        wrong: list[str] = []
+        for number, row in enumerate(rows[:MOST_SAMPLES], start=1):
+            try:
+                found.append(read(number, row, path.name))
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong:
+            self.tell(wrong[0] + (f" (And {len(wrong) - 1} more lines cannot be read.)" if wrong[1:] else ""))
+        return tuple(found)
 
     def policy(self, names: Sequence[str], settings: Mapping[str, Any]) -> Policy | None:
         """The policy, once its training has begun."""
@@ -289,7 +328,7 @@ class _Reader:
             bad_steps=trained.bad_steps,
             episodes=trained.episodes,
             judged=self.part(self.policy_judged),
-            answers=self.samples(self.run.samples, answer_of),
+            answers=self.samples("evaluation", self.run.samples, answer_of),
         )
 
     def trained(self, stage: str) -> "_Trained | None":
@@ -320,10 +359,6 @@ def _place(stage: str) -> tuple[int, str]:
     """Where in a run a stage stands."""
     first = next((n for n, pattern in enumerate(_ORDER) if re.fullmatch(pattern, stage)), len(_ORDER))
     return first, stage
-
-
-def _refuse(problem: str) -> None:
-    raise ValueError(problem)
 
 
 def _alarms(history: Sequence[Watched], max_kl: object) -> tuple[Alarm, ...]:
@@ -366,11 +401,16 @@ def _differences(settings: Mapping[str, Any]) -> Iterator[Setting]:
                 continue
             if stage == "pipeline":
                 of_pipeline[name] = str(value)
-            yield Setting(stage, name, str(value), default)
+            yield Setting(stage, name, _plain(str(value)), _plain(default.strip("'\"")))
 
 
 def _defaults(command: CommandSpec[Any]) -> dict[str, str]:
     return {flag.name: flag.default for section in command.flags().values() for flag in section}
+
+
+def _plain(value: str) -> str:
+    """A whole number as such: the parsers give `200.0` for some flags that take shares of the steps as well."""
+    return value.removesuffix(".0") if value.removesuffix(".0").lstrip("-").isdecimal() else value
 
 
 def _same(value: str, default: str) -> bool:

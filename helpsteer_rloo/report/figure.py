@@ -12,9 +12,7 @@ from helpsteer_rloo.statistics import Estimate
 MOST_POINTS = 300
 """Of a line; of a longer one, means of neighbours are drawn."""
 _TABLE_ROWS = 40
-OVER_STEPS = Axes("optimizer step")
-FROM_ZERO = Axes("optimizer step", zero=True)
-SHARES = Axes("optimizer step", limits=(0.0, 1.0))
+STEPS = "optimizer step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]
 
 
 def curves(
-    name: str, title: str, caption: str, series: Sequence[tuple[str, Sequence[Point]]], axes: Axes = OVER_STEPS
+    name: str, title: str, caption: str, series: Sequence[tuple[str, Sequence[Point]]], axes: Axes
 ) -> Iterator[Figure]:
     """Lines over the steps of a training, if there are any."""
     drawn = [Line(label, points) for label, points in series if points]
@@ -66,11 +64,11 @@ def line_figure(name: str, title: str, caption: str, series: Sequence[Line], axe
         return
     thin = [Line(line.name, thinned(line.points)) for line in series]
     said = "; ".join(
-        f"{line.name}: from {line.points[0][1]:.4g} at {line.points[0][0]:.4g} to {line.points[-1][1]:.4g} at "
-        f"{line.points[-1][0]:.4g}"
+        f"{line.name}: from {line.points[0][1]:z.4g} at {line.points[0][0]:z.4g} to {line.points[-1][1]:z.4g} at "
+        f"{line.points[-1][0]:z.4g}"
         for line in series
     )
-    rows = [(line.name, f"{x:.6g}", f"{y:.6g}") for line in thin for x, y in thinned(line.points, _TABLE_ROWS)]
+    rows = [(line.name, f"{x:z.6g}", f"{y:z.6g}") for line in thin for x, y in thinned(line.points, _TABLE_ROWS)]
     drawn = charts.svg(charts.lines(thin, axes), name, title, f"Over {axes.x}: {said}.")
     yield Figure(name, title, caption, drawn, ("series", axes.x, axes.y or title.lower()), tuple(rows))
 
@@ -87,7 +85,7 @@ def dot_figure(name: str, title: str, caption: str, rows: Sequence[Dot], axes: A
 
 
 def _cells(estimate: Estimate) -> tuple[str, str, str]:
-    return f"{estimate.value:.3f}", estimate.brackets(), str(estimate.count)
+    return f"{estimate.value:z.3f}", estimate.brackets(), str(estimate.count)
 
 
 def distributions(
@@ -98,7 +96,7 @@ def distributions(
         return
     parts = distribution(first[1], second[1])
     series = [(first[0], parts[0]), (second[0], parts[1])]
-    means = ", ".join(f"{label} {sum(values) / len(values):.3f} on average" for label, values in (first, second))
+    means = ", ".join(f"{label} {sum(values) / len(values):z.3f}" for label, values in (first, second))
     drawn = charts.svg(charts.steps(series, Axes("score")), name, title, means)
     rows = histogram_rows([part.points for part in parts])
     yield Figure(name, title, f"{caption} Means: {means}.", drawn, ("from", first[0], second[0]), rows)
@@ -108,4 +106,4 @@ def histogram_rows(columns: Sequence[Sequence[Point]]) -> tuple[tuple[str, ...],
     """The rows of a table of histograms: where a bin begins, and its counts."""
     starts = sorted({x for column in columns for x, _ in column[:-1]})
     found = [dict(column) for column in columns]
-    return tuple((f"{x:.4g}", *(f"{column.get(x, 0):g}" for column in found)) for x in starts)
+    return tuple((f"{x:z.4g}", *(f"{column.get(x, 0):g}" for column in found)) for x in starts)

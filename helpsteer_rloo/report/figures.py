@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from helpsteer_rloo.report import charts
 from helpsteer_rloo.report.charts import Axes, Dot
-from helpsteer_rloo.report.figure import Figure, curves, distributions, dot_figure, histogram_rows, named
+from helpsteer_rloo.report.figure import STEPS, Figure, curves, distributions, dot_figure, histogram_rows, named
 from helpsteer_rloo.report.records import Histogram, RewardModel, Run
 
 Named = tuple[str, RewardModel]
@@ -73,13 +73,14 @@ def _shares(runs: Sequence[Run], kind: str, title: str) -> Iterator[Figure]:
 def reward_figures(models: Sequence[Named]) -> Iterator[Figure]:
     """How reward models were trained and judged."""
     logs = [(name, model.log) for name, model in models]
-    for metric, title, caption in (
-        ("loss", "Loss in training", "Of the preferences; 0.693 is that of a coin."),
-        ("accuracy", "Accuracy in training", "Share of the pairs of a step that are ordered right."),
-        ("margin", "Margin in training", "Mean score of the chosen response less that of the rejected one."),
-        ("eval_loss", "Loss on the pairs kept out to choose a step", ""),
+    for metric, title, unit, caption in (
+        ("loss", "Loss in training", "nats", "Of the preferences; 0.693 is that of a coin."),
+        ("accuracy", "Accuracy in training", "share", "Share of the pairs of a step that are ordered right."),
+        ("margin", "Margin in training", "score", "Mean score of the chosen response less that of the rejected one."),
+        ("eval_loss", "Loss on the pairs kept out to choose a step", "nats", ""),
     ):
-        yield from curves(f"reward-{metric}", title, caption, [(name, log.series(metric)) for name, log in logs])
+        series = [(name, log.series(metric)) for name, log in logs]
+        yield from curves(f"reward-{metric}", title, caption, series, Axes(STEPS, unit))
     yield from _accuracies(models)
     yield from _reliability(models)
     yield from _biases(models)
@@ -117,7 +118,7 @@ def _reliability(models: Sequence[Named]) -> Iterator[Figure]:
     if not judged:
         return
     title = "Reliability"
-    errors = ", ".join(
+    errors = "; ".join(
         f"{name} {m.judged.calibration_error}" for name, m in models if m.judged and m.judged.calibration_error
     )
     yield Figure(
@@ -125,7 +126,7 @@ def _reliability(models: Sequence[Named]) -> Iterator[Figure]:
         title,
         f"How sure it is of a pair against how often it is right; on the dashed line both agree. Mean error: {errors}.",
         charts.svg(
-            charts.reliability(judged, Axes("probability by its margin", "share right", legend=len(models) > 1)),
+            charts.reliability(judged, Axes("how sure, by its margin", "share right", legend=len(models) > 1)),
             "reliability",
             title,
             "; ".join(
@@ -175,5 +176,5 @@ def _scores(number: int, name: str, model: RewardModel) -> Iterator[Figure]:
     pairs = [(pair.first.scores.get("score"), pair.second.scores.get("score")) for pair in model.pairs]
     rejected = [score for score, _ in pairs if score is not None]
     chosen = [score for _, score in pairs if score is not None]
-    caption = f"By the {name}, of {len(pairs)} held-out pairs."
+    caption = f"Of {len(pairs)} held-out pairs."
     yield from distributions(f"scores-{number}", f"Scores: {name}", caption, ("rejected", rejected), ("chosen", chosen))

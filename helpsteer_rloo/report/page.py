@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from helpsteer_rloo.report.figure import Figure
 from helpsteer_rloo.report.figures import data_figures, reward_figures, reward_models_of
@@ -19,6 +20,11 @@ from helpsteer_rloo.report.verdict import facts, settings, verdict
 
 RELOAD_SECONDS = 60
 """Between two looks of an open page at a run that goes on."""
+_TIED = "\u00a0"
+_MINUS = re.compile(r"(?<![\w./-])-(?=\d)")
+_PERCENT = re.compile(r"(?<=\d) ?%")
+_OF_A_PIECE = re.compile(r"\[[^\[\]a-zA-Z]{1,40}\]|\bn = \d")
+_PARTS = re.compile(r"(?<=[/_])")
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
@@ -40,6 +46,7 @@ def render(runs: Sequence[Run]) -> str:
     """
     style, script = _packaged("report.css"), _packaged("samples.js")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"typeset": typeset, "breakable": breakable}
     template = environment.from_string(_packaged("page.html.jinja"))
     text = template.render(
         title=" and ".join(run.name for run in runs),
@@ -56,6 +63,21 @@ def render(runs: Sequence[Run]) -> str:
         samples=embedded(_sample_sets(runs)),
     )
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def typeset(text: str) -> str:
+    r"""A sentence with its numbers as they are printed in books, and no line ending within one of them.
+
+    >>> typeset("by -0.5 [-0.7, -0.3] in 84.5% of the pairs, n = 12")
+    'by −0.5 [−0.7,\xa0−0.3] in 84.5\xa0% of the pairs, n\xa0=\xa012'
+    """
+    spaced = _PERCENT.sub(f"{_TIED}%", _MINUS.sub("−", text))
+    return _OF_A_PIECE.sub(lambda found: found[0].replace(" ", _TIED), spaced)
+
+
+def breakable(text: str) -> Markup:
+    """A path or a name, which may go on in the next line behind each of its parts."""
+    return Markup("<wbr>").join(_PARTS.split(text))
 
 
 def _packaged(name: str) -> str:

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from helpsteer_rloo.report.charts import Axes, Dot, Line
 from helpsteer_rloo.report.figure import (
-    FROM_ZERO,
-    SHARES,
+    STEPS,
     Figure,
     curves,
     distributions,
@@ -22,34 +21,37 @@ def policies_of(runs: Sequence[Run]) -> list[tuple[str, Policy]]:
     return [(run.name, run.policy) for run in runs if run.policy is not None]
 
 
-_METRICS: tuple[tuple[str, str, str], ...] = (
-    ("reward", "Reward", "Mean of the weighted scores of a batch, before penalties and KL."),
-    ("objective", "Objective", "What is left of the reward after penalties and KL."),
-    ("kl_per_completion", "KL", "From the reference, in nats a completion."),
-    ("entropy", "Entropy", "Of a token, in nats."),
-    ("completions/mean_length", "Length", "Tokens of a completion."),
-    ("grad_norm", "Norm of the gradient", ""),
-    ("sampler_gap/mean", "Sampler and trainer", "Mean difference of their log-probabilities of a token, in nats."),
-    ("ensemble/disagreement", "Disagreement of the ensemble", ""),
-    ("machine/step_seconds", "Seconds a step", ""),
-    ("machine/tokens_per_second", "Tokens a second", "Prompts and completions, of all processes."),
+_ROOT_OF_KL = "√KL, with KL in nats"
+_METRICS: tuple[tuple[str, str, str, str], ...] = (
+    ("reward", "Reward", "score", "Mean of the weighted scores of a batch, before penalties and KL."),
+    ("objective", "Objective", "score", "What is left of the reward after penalties and KL."),
+    ("kl_per_completion", "KL", "nats a completion", "From the reference, of the completions of a batch."),
+    ("entropy", "Entropy", "nats a token", "How open the choice of a token is."),
+    ("completions/mean_length", "Length", "tokens", "Of a completion."),
+    ("grad_norm", "Norm of the gradient", "norm", "Before clipping."),
+    ("sampler_gap/mean", "Sampler and trainer", "nats a token", "Mean difference of their log-probabilities."),
+    ("ensemble/disagreement", "Disagreement of the ensemble", "score", "How far the scores of its members are apart."),
+    ("machine/step_seconds", "Time of a step", "seconds", "Without measurements and checkpoints between steps."),
+    ("machine/tokens_per_second", "Throughput", "tokens a second", "Prompts and completions, of all processes."),
 )
+"""What is drawn of a log: metric, title, unit, caption."""
 
 
 def policy_figures(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
     """How policies were trained, watched and judged."""
     yield from _against_kl(policies)
     logs = [(name, policy.log) for name, policy in policies]
-    for metric, title, caption in _METRICS:
-        yield from curves(f"policy-{slug(metric)}", title, caption, [(name, log.series(metric)) for name, log in logs])
+    for metric, title, unit, caption in _METRICS:
+        series = [(name, log.series(metric)) for name, log in logs]
+        yield from curves(f"policy-{slug(metric)}", title, caption, series, Axes(STEPS, unit))
         if metric == "reward":
-            yield from curves(
-                "guard", "Guard's score", "On the prompts that the policy is watched on.", _guarded(policies)
-            )
+            caption = "On the prompts that the policy is watched on."
+            yield from curves("guard", "Guard's score", caption, _guarded(policies), Axes(STEPS, "score"))
     ended = [(name, _ended(log)) for name, log in logs]
-    yield from curves("eos", "Share ending by itself", "Of the completions of a batch.", ended, SHARES)
+    shares = Axes(STEPS, "share", limits=(0.0, 1.0))
+    yield from curves("eos", "Share ending by itself", "Of the completions of a batch.", ended, shares)
     memory = [(name, _memory(log)) for name, log in logs]
-    yield from curves("memory", "Peak memory", "GiB, of the main process so far.", memory, FROM_ZERO)
+    yield from curves("memory", "Peak memory", "Of the main process so far.", memory, Axes(STEPS, "GiB", zero=True))
     yield from _judged(policies)
 
 
@@ -80,7 +82,8 @@ def _against_kl(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
         "On prompts kept out of training, along the run. Where the reward rises and the guard's score falls, the "
         "reward is exploited."
     )
-    yield from line_figure("reward-kl", "Reward against √KL", caption, series, Axes("√KL, nats", "score", marks=True))
+    axes = Axes(_ROOT_OF_KL, "score", marks=True)
+    yield from line_figure("reward-kl", "Reward against √KL", caption, series, axes)
 
 
 def _best_of_n(policies: Sequence[tuple[str, Policy]], column: str) -> Iterator[Figure]:
@@ -95,7 +98,7 @@ def _best_of_n(policies: Sequence[tuple[str, Policy]], column: str) -> Iterator[
         series += [Line(f"{prefix}RLOO", ours), Line(f"{prefix}best of n", curve)]
     words = {"reward": "Reward", "guard": "Guard's score", "gold": "True quality"}
     caption = "Held-out prompts: the policy before and after, and the best of n answers of the untrained one by reward."
-    axes = Axes("√KL, nats", marks=True)
+    axes = Axes(_ROOT_OF_KL, {"gold": "quality"}.get(column, "score"), marks=True)
     yield from line_figure(f"best-of-n-{column}", f"{words[column]} against best-of-n", caption, series, axes)
 
 
@@ -111,8 +114,8 @@ def _judged(policies: Sequence[tuple[str, Policy]]) -> Iterator[Figure]:
     for column in ("reward", "guard", "gold"):
         yield from _best_of_n(policies, column)
     yield from _less_best_of_n(judged, several=len(policies) > 1)
-    for number, (name, policy) in enumerate(policies, start=1):
-        for score, word in (("reward", "Reward"), ("gold", "True quality")):
+    for score, word in (("reward", "Reward"), ("gold", "True quality")):
+        for number, (name, policy) in enumerate(policies, start=1):
             sides = [(s.first.scores.get(score), s.second.scores.get(score)) for s in policy.answers]
             before = [one for one, _ in sides if one is not None]
             after = [one for _, one in sides if one is not None]

@@ -1,5 +1,6 @@
 """From the JSON that the stages leave to the report's records."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,6 +176,16 @@ def shortened(text: str) -> str:
     return f"{text[:LONGEST_TEXT]}\n[… {len(text) - LONGEST_TEXT:,} more characters in the run's files]"
 
 
+def around(value: float) -> tuple[float, float]:
+    """Limits of an axis on which nothing but one value lies.
+
+    >>> around(2.0), around(0.0)
+    ((1.0, 3.0), (-0.5, 0.5))
+    """
+    half = abs(value) / 2 or 0.5
+    return value - half, value + half
+
+
 def distribution(values: Sequence[float], others: Sequence[float], most: int = 24) -> tuple[Histogram, Histogram]:
     """Histograms of two samples over the same bins of equal width.
 
@@ -182,11 +193,13 @@ def distribution(values: Sequence[float], others: Sequence[float], most: int = 2
     [(2, 0), (0, 2)]
     """
     low, high = min(*values, *others), max(*values, *others)
-    width = (high - low) / most or 1.0
+    if math.isclose(low, high):  # between numbers so near to each other there is no room for bins
+        low, high = around(low)
+    width = high / most - low / most  # the whole difference may be more than a number can be, and so below
     found: list[Histogram] = []
     for part in (values, others):
         counts = [0] * most
         for value in part:
-            counts[min(most - 1, int((value - low) / width))] += 1
+            counts[min(most - 1, int((value / 2 - low / 2) / (width / 2)))] += 1
         found.append(Histogram(low, width, tuple(counts)))
     return found[0], found[1]

@@ -245,9 +245,11 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that a run's directory tells; `notes` are about files that could not be read yet.
+    """Everything that a run's directory tells.
 
-    `next_stage` is the first one that is planned and has not begun; empty if there is none, or no plan.
+    `notes` are about files that could not be read yet, or not whole; `problems` about those that are damaged, with what
+    is wrong and where. `next_stage` is the first one that is planned and has not begun; empty if there is none, or no
+    plan.
     """
 
     name: str
@@ -263,3 +265,4 @@ class Run:
     reward_models: tuple[RewardModel, ...] = ()
     policy: Policy | None = None
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()

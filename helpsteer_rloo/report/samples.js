@@ -71,7 +71,7 @@
     browser.append(make("p", { text: "There are no samples yet." }));
     return;
   }
-  const START = { set: SETS[0].id, q: "", domain: "", by: "", sort: "number", down: false, page: 0, open: null };
+  const START = { set: SETS[0].id, q: "", domain: "", by: "", sort: "difference", down: false, page: 0, open: null };
   let state = { ...START };
 
   const setOf = (id) => SETS.find((one) => one.id === id) || SETS[0];
@@ -112,7 +112,7 @@
       q: given.get("q") || "",
       domain: domainsOf(set).includes(given.get("domain")) ? given.get("domain") : "",
       by: scoresOf(set).includes(given.get("by")) ? given.get("by") : "",
-      sort: ["number", "first", "second", "difference"].includes(given.get("sort")) ? given.get("sort") : "number",
+      sort: ["number", "first", "second", "difference"].includes(given.get("sort")) ? given.get("sort") : START.sort,
       down: given.get("down") === "1",
       page: Math.max(0, (Number.parseInt(given.get("page"), 10) || 1) - 1),
       open: opened ? Number(opened[1]) : null,
@@ -139,9 +139,11 @@
       .sort((a, b) => (a.key < b.key ? -1 : a.key > b.key ? 1 : 0))
       .map((entry) => entry.one);
   };
-  const shown = (value) => (Number.isFinite(value) ? value.toFixed(3).replace("-", "−") : "–");
-  const signed = (value) => (Number.isFinite(value) ? `${value >= 0 ? "+" : "−"}${Math.abs(value).toFixed(3)}` : "–");
-  const direction = (value) => (value > 0 ? "up" : value < 0 ? "down" : "");
+  const rounded = (value) => Math.round(value * 1000) / 1000 || 0; // and no zero with a sign
+  const direction = (value) => (rounded(value) > 0 ? "up" : rounded(value) < 0 ? "down" : "");
+  const signs = { up: "+", down: "−", "": "" };
+  const signed = (value) => (Number.isFinite(value) ? signs[direction(value)] + Math.abs(rounded(value)).toFixed(3) : "–");
+  const shown = (value) => signed(value).replace("+", "");
 
   const labelled = (text, control) =>
     make("div", { class: "filter" }, make("label", { for: control.id, text }), control);

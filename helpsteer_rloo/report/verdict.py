@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from helpsteer_rloo.report.records import Policy, RewardModel, Run
+from helpsteer_rloo.report.records import BestOfN, Policy, RewardModel, Run
 from helpsteer_rloo.statistics import Estimate
 
 Kind = Literal["look", "good", "plain"]
@@ -34,6 +34,8 @@ def _of_state(run: Run) -> Iterator[Sentence]:
         ahead = f" before the stage {run.next_stage.replace('_', ' ')}" if run.next_stage else ""
         left = f" in the stage {', '.join(open_stages)}" if open_stages else ahead
         yield Sentence(f"It is not finished: it was left{left}. The same command goes on from there.", "look")
+    for problem in run.problems:
+        yield Sentence(f"This cannot be read, and is left out: {problem}", "look")
     for note in run.notes:
         yield Sentence(note, "look")
 
@@ -77,13 +79,31 @@ def _of_policy(policy: Policy) -> Iterator[Sentence]:
             change = judged.changes[name]
             fell, rose = change.change.high < 0, change.change.low > 0
             how = "fell" if fell else "rose" if rose else "did not change significantly:"
-            numbers = f"from {change.before:.3f} to {change.after:.3f} ({_signed(change.change)})"
+            numbers = f"from {change.before:z.3f} to {change.after:z.3f} ({_signed(change.change)})"
             text = f"{words} {how} {numbers} on {judged.prompts} held-out prompts."
             yield Sentence(text, "look" if fell else "good" if rose else "plain")
     rate = judged.win_rates["reward"]
     yield Sentence(f"By reward the trained policy's answer is better for {percent(rate)} of the prompts.")
-    kl = f"{judged.kl.value:.2f} {judged.kl.brackets('.2f')}".rstrip()
-    yield Sentence(f"Its KL from the start is {kl} nats a completion.")
+    kl = f"{judged.kl.value:z.2f} {judged.kl.brackets('z.2f')}".rstrip()
+    yield Sentence(f"The trained policy's KL from its start is {kl} nats a completion.")
+    if judged.best_of_n:
+        yield from _against_best_of_n(judged.best_of_n, judged.kl.value)
+
+
+def _against_best_of_n(best: BestOfN, kl: float) -> Iterator[Sentence]:
+    """The policy beside the best of n answers of the untrained one, at the same KL, by the score that means most."""
+    words = {"gold": "true quality", "reward": "reward"}
+    score = next((name for name in words if name in best.policy_minus), None)
+    if score is None:
+        return
+    less = best.policy_minus[score]
+    how = "higher than" if less.low > 0 else "lower than" if less.high < 0 else "not significantly different from"
+    there = f"at n = {best.n:.1f}, which has the same KL, {kl:z.2f} nats"
+    if not best.reaches:
+        own = max((row["kl"] for row in best.curve if "kl" in row), default=0.0)
+        there = f"at n = {best.n:.0f}, the largest that was drawn, which has less KL, {own:.2f} nats"
+    text = f"The trained policy's {words[score]} is {how} that of best-of-n of the untrained one: {_signed(less)}"
+    yield Sentence(f"{text}, {there}.", "good" if less.low > 0 else "plain")
 
 
 def percent(estimate: Estimate) -> str:
@@ -93,7 +113,7 @@ def percent(estimate: Estimate) -> str:
 
 
 def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} {estimate.brackets('+.3f')}".rstrip()
+    return f"{estimate.value:+z.3f} {estimate.brackets('+z.3f')}".rstrip()
 
 
 Row = tuple[str, tuple[str, ...]]
@@ -104,8 +124,8 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
     makers: dict[str, Callable[[Run], Iterator[tuple[str, str]]]] = {
         "Data": _of_data,
         "Training": _of_training,
-        "Answers before and after": _of_answers,
-        "Seconds": _of_stages,
+        "Answers, before → after training": _of_answers,
+        "Seconds of each stage": _of_stages,
         "Versions": _of_versions,
     }
     groups: list[tuple[str, list[Row]]] = []
@@ -145,17 +165,19 @@ def _of_training(run: Run) -> Iterator[tuple[str, str]]:
 
 
 _TEXTS = {
-    "length": "tokens of an answer",
-    "eos": "share ending by itself",
-    "repetition": "share of repeated 4-grams",
-    "distinct_2": "share of distinct 2-grams",
-    "refusals": "share of refusals",
+    "length": ("tokens of an answer", "{:.1f}"),
+    "eos": ("answers that end by themselves", "{:.1%}"),
+    "repetition": ("repeated phrases of 4 words", "{:.1%}"),
+    "distinct_2": ("different pairs of words", "{:.1%}"),
+    "refusals": ("answers that refuse", "{:.1%}"),
 }
+"""What is said of the texts of answers, with the shape of its numbers."""
 
 
 def _of_answers(run: Run) -> Iterator[tuple[str, str]]:
     for name, (before, after) in run.policy.judged.texts.items() if run.policy and run.policy.judged else ():
-        yield _TEXTS.get(name, name), f"{before:.3g} → {after:.3g}"
+        words, shape = _TEXTS.get(name, (name, "{:.3g}"))
+        yield words, f"{shape.format(before)}\u00a0→\u00a0{shape.format(after)}"
 
 
 def _of_stages(run: Run) -> Iterator[tuple[str, str]]:

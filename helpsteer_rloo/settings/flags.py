@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from helpsteer_rloo.run_dir import read_text
+
 FlagValue = Any
 """What a flag can hold: a scalar, a list or a mapping, as YAML gives them."""
 
@@ -308,7 +310,7 @@ def read_yaml(path: Path) -> dict[str, FlagValue]:
         ValueError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
-        content = _load_yaml(path.read_text(encoding="utf-8"))
+        content = _load_yaml(read_text(path, pipe=True))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read the configuration file: {error}") from None
     except ValueError as error:

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from helpsteer_rloo.checkpoints import logged, step_of
 from helpsteer_rloo.processes import peak_memory
-from helpsteer_rloo.run_dir import METRICS, json_lines, read_lines, write_text
+from helpsteer_rloo.run_dir import METRICS, json_lines, read_lines, require_file, write_text
 from helpsteer_rloo.training.ledger import number_or_none
 
 _OF_A_WHOLE_CALL = "train_runtime"
@@ -40,6 +40,8 @@ class MetricsLog(TrainerCallback):
 
         A run that began without this file has the lines that its checkpoint keeps, without `machine`.
         """
+        if self._path.exists():
+            require_file(self._path)
         step = step_of(checkpoint) if checkpoint else 0
         rows = self._rows_so_far(checkpoint) if checkpoint else []
         kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]

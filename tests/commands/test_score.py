@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -124,8 +125,10 @@ def test_a_compressed_file_and_flags_that_cannot_be(world, tmp_path, capsys):
     reward = f"--reward_model_dir={world.reward}"
     cli.score([str(tmp_path / "in.jsonl.gz"), reward, f"--output={tmp_path / 'out.jsonl'}"])
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for argv, says in (
         ([], "--input is missing"),
+        ([str(tmp_path / "in.jsonl.gz"), reward, f"--output={tmp_path / 'pipe.jsonl'}"], "pipe.jsonl is a pipe"),
         ([str(tmp_path / "none.jsonl"), reward, f"--output={tmp_path / 'o.jsonl'}"], "no such file"),
         (["x.jsonl", reward, "--output=x.jsonl"], "is the file that is read"),
         (["x.jsonl", reward, "--output=x.txt"], "expected a name that ends in .jsonl"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import huggingface_hub
 import pytest
@@ -261,6 +262,12 @@ def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name, tmp_pa
     with pytest.raises(ValueError, match="no such file or directory") as caught:
         locate(DataKnobs(dataset_name=name))
     assert str(caught.value).startswith(f"--dataset_name {name}: ")
+
+
+def test_a_pipe_is_refused_where_rows_are_read_more_than_once(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"--dataset_name .*rows\.jsonl: is a pipe or a device"):
+        locate(DataKnobs(dataset_name=str(tmp_path / "rows.jsonl")))
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------

@@ -226,12 +226,13 @@ SETTINGS = {
 }
 
 
-def start(root, settings=None, stages=None):
-    """What a run is started with; `stages` are those that it plans, which older runs do not say."""
+def start(root, settings=None, stages=None, passed=None):
+    """What a run is started with; `stages` are those it plans, `passed` those behind it: older runs say neither."""
     write_json(
         root / "run.json",
         {
             **({} if stages is None else {"stages": stages}),
+            **({} if passed is None else {"passed": passed}),
             "command": "helpsteer-rloo demo --seed 7",
             "settings": SETTINGS if settings is None else settings,
             "provenance": {"python": "3.11.7", "trl": "1.16.0", "commit": "abc123"},

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -82,19 +84,19 @@ def test_a_run_that_goes_on_is_read_so_far(run):
     assert "metrics.jsonl, line 11" in found.notes[0]
 
 
-def test_damage_is_an_error_of_a_run_that_ended_and_a_note_of_one_that_goes_on(run):
+def test_damage_is_a_problem_of_a_run_that_ended_and_a_note_of_one_that_goes_on(run):
     (run / "data.json").write_text(json.dumps({**data_report(), "rows": "many"}))
-    with pytest.raises(ValueError, match=r"run: data\.json: field 'rows': expected a whole number"):
-        read(run)
+    said = "data.json: field 'rows': expected a whole number."
+    found = read(run)
+    assert (found.data, found.problems, found.notes, found.state) == (None, (said,), (), "finished")
     with locked(run / ".lock", run):
         found = read(run)
-    assert found.data is None
-    assert found.notes == ("data.json: field 'rows': expected a whole number.",)
+    assert (found.data, found.problems, found.notes) == (None, (), (said,))
     assert found.reward_models[0].judged is not None
 
 
 BROKEN = [
-    ("stages/rloo.json", {"outputs": {}}, "outputs.steps"),
+    ("stages/rloo.json", {"outputs": {}, "seconds": 1.5}, "outputs.steps"),
     ("reward_model/reward_model.json", {"heldout": {**heldout(), "interval": [0.1]}}, "heldout.interval"),
     ("reward_model/reward_model.json", {"heldout": {**heldout(), "findings": [1]}}, r"heldout.findings\[0\]"),
     ("reward_model/reward_model.json", {"heldout": {**heldout(), "heldout_accuracy": math.inf}}, "heldout_accuracy"),
@@ -108,16 +110,63 @@ BROKEN = [
 @pytest.mark.parametrize(("name", "content", "field"), BROKEN, ids=[f"{name}-{field}" for name, _, field in BROKEN])
 def test_a_broken_file_is_named_with_its_field(run, name, content, field):
     (run / name).write_text(json.dumps(content) + "\n")
-    with pytest.raises(ValueError, match=rf"{name.split('/')[-1].replace('.', '[.]')}.*{field}"):
-        read(run)
+    found = read(run)
+    assert len(found.problems) == 1
+    assert re.search(rf"{name.split('/')[-1].replace('.', '[.]')}.*{field}", found.problems[0])
+    assert found.reward_models[0].log.last_step == 30  # the rest is there
+    assert sum("This cannot be read, and is left out: " in sentence.text for sentence in verdict(found)) == 1
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"not json"])
 @pytest.mark.parametrize("name", ["samples.jsonl", "data.json", "policy/watch/step-000000.jsonl.gz"])
-def test_what_is_no_json_is_an_error(run, name, content):
+def test_what_is_no_json_is_named(run, name, content):
     (run / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"run: "):
-        read(run)
+    found = read(run)
+    assert len(found.problems) == 1
+    assert found.problems[0].startswith(name)
+    assert found.reward_models[0].judged is not None
+
+
+def test_an_archive_that_is_damaged_in_its_middle_is_named(run):
+    path = run / "policy" / "watch" / "step-000000.jsonl.gz"
+    content = bytearray(path.read_bytes())
+    content[15] = 0xFF  # behind the header: no block of this kind exists
+    path.write_bytes(content)
+    (problem,) = read(run).problems
+    assert problem.startswith("policy/watch/step-000000.jsonl.gz is damaged")
+
+
+def test_the_whole_lines_of_a_damaged_file_of_samples_are_shown(run):
+    rows = answers(60)
+    rows[3]["after"] = {"text": 3}
+    rows[7]["prompt"] = "Hello"
+    write_text(run / "samples.jsonl", json_text(rows))
+    found = read(run)
+    assert [sample.number for sample in found.policy.answers][:7] == [1, 2, 3, 5, 6, 7, 9]
+    assert found.problems == (
+        "samples.jsonl, line 4: field 'after.text': expected a text. (And 1 more lines cannot be read.)",
+    )
+
+
+def test_lines_of_a_log_that_cannot_be_read_are_a_problem_of_a_finished_run(run):
+    (run / "policy" / "metrics.jsonl").write_text('{"step": 5, "reward": 1.0}\nno line\n{"step": 10}\n')
+    found = read(run)
+    assert found.policy.log.last_step == 5
+    assert found.problems[0].startswith("policy/metrics.jsonl, line 2: ")
+
+
+FILES_OF_A_RUN = [
+    ".lock", "run.json", "data.json", "stages/rloo.json", "samples.jsonl", "pairs.jsonl", "reward_model/stage.json",
+    "reward_model/reward_model.json", "policy/metrics.jsonl", "policy/policy.json", "policy/watch/step-000010.jsonl.gz",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES_OF_A_RUN)
+def test_a_pipe_among_the_files_of_a_run_is_named_and_not_waited_for(run, name):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    found = read(run)
+    assert found.problems == (f"{name} is a pipe, where a file is expected; move it away.",)
 
 
 def test_the_directory_of_another_run_is_not_taken_for_this_ones(run, tmp_path, monkeypatch):
@@ -180,6 +229,13 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     assert find_run(str(make_run(tmp_path / "run") / "policy")) == RunDir(tmp_path / "run")
 
 
+def test_a_run_is_called_by_the_name_of_its_directory_wherever_it_is_named_from(run, monkeypatch):
+    monkeypatch.chdir(run / "policy")
+    assert read(".").name == read("..").name == "run"
+    (run.parent / "newest").symlink_to(run)
+    assert read(run.parent / "newest").name == "run"
+
+
 PLANNED = ["data", "reward_model", "verification", "guard", "guard_verification", "rloo", "evaluation"]
 
 
@@ -202,6 +258,27 @@ def test_stages_of_an_earlier_start_with_other_ones_are_not_shown(run):
     assert [model.name for model in found.reward_models] == ["reward model"]
     assert [stage.name for stage in found.stages] == ["data", "reward_model", "verification", "rloo", "evaluation"]
     assert found.state == "finished"
+
+
+def test_what_an_earlier_start_with_other_settings_left_is_not_taken_for_this_ones(run):
+    """The markers of all stages stand there; the start that they are of is known by the run's record alone."""
+    start(run, stages=PLANNED, passed=PLANNED)
+    assert (read(run).state, len(read(run).policy.answers), len(read(run).reward_models)) == ("finished", 60, 2)
+    start(run, stages=PLANNED, passed=["data", "reward_model"])
+    found = read(run)
+    assert (found.state, found.next_stage) == ("unfinished", "verification")
+    assert [stage.name for stage in found.stages] == ["data", "reward_model"]
+    assert (found.policy, len(found.reward_models), found.reward_models[0].pairs) == (None, 1, ())
+    assert "It is not finished: it was left before the stage verification." in verdict(found)[0].text
+    write_json(run / "stages" / "rloo.started.json", {"key": "k", "inputs": {}})  # of the earlier start as well
+    assert read(run).next_stage == "verification"
+    start(run, stages=PLANNED, passed=PLANNED[:-1])
+    found = read(run)
+    assert (found.policy.judged, found.policy.answers, found.policy.steps) == (None, (), 50)
+    write_json(run / "stages" / "evaluation.started.json", {"key": "k", "inputs": {}})
+    found = read(run)
+    assert (found.state, found.stages[-1].name, found.stages[-1].seconds) == ("unfinished", "evaluation", None)
+    assert "it was left in the stage evaluation." in verdict(found)[0].text
 
 
 @pytest.mark.parametrize(

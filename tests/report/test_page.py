@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -12,15 +13,15 @@ from helpsteer_rloo.alarms import Alarm
 from helpsteer_rloo.report import charts
 from helpsteer_rloo.report.charts import Axes, Dot, Line
 from helpsteer_rloo.report.collect import collect, find_run
-from helpsteer_rloo.report.figure import MOST_POINTS, thinned
+from helpsteer_rloo.report.figure import MOST_POINTS, curves, thinned
 from helpsteer_rloo.report.figures import reward_figures
-from helpsteer_rloo.report.page import embedded, render
+from helpsteer_rloo.report.page import breakable, embedded, render, typeset
 from helpsteer_rloo.report.policy_figures import policies_of, policy_figures
 from helpsteer_rloo.report.readings import distribution
-from helpsteer_rloo.report.records import Log, Policy, Run
-from helpsteer_rloo.report.verdict import facts, settings, verdict
+from helpsteer_rloo.report.records import BestOfN, Log, Policy, Run
+from helpsteer_rloo.report.verdict import Sentence, facts, settings, verdict
 from helpsteer_rloo.statistics import Estimate
-from tests.report.runs import HOSTILE, make_run, policy_log
+from tests.report.runs import HOSTILE, make_run, policy_log, start
 
 
 class Page(HTMLParser):
@@ -95,10 +96,12 @@ def test_every_chart_has_a_name_of_its_own_and_takes_its_colours_from_the_page(p
 
 
 def test_the_page_says_what_the_run_says(page):
-    text = " ".join(" ".join(part) for part in Page(page).texts.values())
+    text = " ".join(" ".join(part) for part in Page(page.replace("<wbr>", "")).texts.values())
+    text = text.replace("\xa0", " ")
     for said in (
         "The reward model orders 80.0 % [75.0 %, 85.0 %] (n = 200) of the held-out pairs as their labels do.",
         "The true quality of answers rose from 0.400 to 0.700 (+0.300 [+0.200, +0.400]) on 60 held-out prompts.",
+        "What the words mean",
         "0123456789abcdef",
         "helpsteer-rloo demo --seed 7",
         "left out: tie",
@@ -242,7 +245,91 @@ def test_the_numbers_behind_a_figure_are_those_of_the_run(run):
 def test_histograms_of_two_samples_share_their_bins():
     first, second = distribution([0.0, 0.5, 1.0], [1.0, 2.0], most=4)
     assert (first.counts, second.counts) == ((1, 1, 1, 0), (0, 0, 1, 1))
-    assert distribution([1.0], [1.0])[0].total == 1
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, -3.5, 1e9, 1e-300, 5e-324, 1e300])
+def test_a_histogram_of_equal_values_has_them_in_its_middle(value):
+    values, others = [value] * 3, [value, value + abs(value) * 1e-13]
+    for histogram, count in zip(distribution(values, others, most=24), (3, 2), strict=True):
+        assert sum(histogram.counts[11:13]) == histogram.total == count
+        left = [x for x, _ in histogram.points]
+        assert len(set(left)) == 25
+        assert left[12] == pytest.approx(value, abs=1e-9 * abs(value) + 1e-300)
+        assert left[24] - left[0] == pytest.approx(abs(value) if abs(value) > 1e-320 else 1.0)
+
+
+def test_values_that_are_as_far_apart_as_numbers_can_be_have_a_histogram():
+    first, second = distribution([-1.7e308, 1.7e308], [0.0], most=4)
+    assert (first.counts, second.counts) == ((1, 0, 0, 1), (0, 0, 1, 0))
+
+
+def best_of_n(less, reaches=True, score="gold"):
+    curve = ({"n": 1.0, "kl": 0.0}, {"n": 4.0, "kl": 0.64})
+    return BestOfN(curve, 3.2 if reaches else 4.0, reaches, {"reward": Estimate(9.0, 8.0, 9.5, 60), score: less})
+
+
+@pytest.mark.parametrize(
+    ("best", "said", "kind"),
+    [
+        (
+            best_of_n(Estimate(-0.0571, -0.081, -0.033, 60)),
+            "The trained policy's true quality is lower than that of best-of-n of the untrained one: "
+            "-0.057 [-0.081, -0.033], at n = 3.2, which has the same KL, 2.50 nats.",
+            "plain",
+        ),
+        (
+            best_of_n(Estimate(0.2, 0.1, 0.3, 60), reaches=False),
+            "The trained policy's true quality is higher than that of best-of-n of the untrained one: "
+            "+0.200 [+0.100, +0.300], at n = 4, the largest that was drawn, which has less KL, 0.64 nats.",
+            "good",
+        ),
+        (
+            best_of_n(Estimate(-0.0001, -0.5, 0.5, 60), score="reward"),
+            "The trained policy's reward is not significantly different from that of best-of-n of the untrained one: "
+            "+0.000 [-0.500, +0.500], at n = 3.2, which has the same KL, 2.50 nats.",
+            "plain",
+        ),
+    ],
+)
+def test_the_verdict_compares_with_best_of_n(run, best, said, kind):
+    policy = replace(run.policy, judged=replace(run.policy.judged, best_of_n=best))
+    assert Sentence(said, kind) in verdict(replace(run, policy=policy))
+
+
+def test_the_page_says_it(page):
+    said = "is higher than that of best-of-n of the untrained one: +1.000 [+0.500, +1.500], at n = 4"
+    assert said in page.replace("\xa0", " ")
+
+
+def test_zero_has_no_sign():
+    assert str(Estimate(-0.0001, -0.0004, 0.0004, 3)) == "0.000 [0.000, 0.000], n = 3"
+    (figure,) = curves("n", "t", "", [("a", [(0.0, -0.0), (1.0, 1.0)])], Axes("step"))
+    assert figure.rows[0] == ("a", "0", "0")
+
+
+def test_sentences_are_set_as_in_books():
+    said = "It fell by -0.057 [-0.081, -0.033] in 84.5% and 3 % of data-2.json, 2-grams, n = 12 of -3e-05."
+    assert typeset(said) == (
+        "It fell by −0.057 [−0.081,\xa0−0.033] in 84.5\xa0% and 3\xa0% of data-2.json, 2-grams, n\xa0=\xa012 of −3e-05."
+    )
+    assert breakable("runs/<b>_1") == "runs/<wbr>&lt;b&gt;_<wbr>1"
+
+
+def test_every_axis_of_a_curve_has_a_title(run):
+    figures = [*reward_figures([("m", run.reward_models[0])]), *policy_figures([("p", run.policy)])]
+    drawn = [figure for figure in figures if figure.head[:2] == ("series", "optimizer step")]
+    assert len(drawn) >= 10
+    for figure in drawn:
+        assert figure.head[2] in Page(figure.svg).texts["text"]
+
+
+def test_whole_numbers_among_the_settings_are_written_as_such(tmp_path):
+    start(tmp_path, {"reward": {"save_steps": 200.0, "lr_scheduler_type": "cosine", "learning_rate": 0.001}})
+    (tmp_path / "stages").mkdir()
+    named = {s.name: (s.value, s.default) for s in read(tmp_path).settings}
+    assert named["save_steps"] == ("200", "100")
+    assert named["lr_scheduler_type"] == ("cosine", "linear")
+    assert named["learning_rate"] == ("0.001", "1e-05")
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -9,10 +10,11 @@ import time
 import pytest
 
 from helpsteer_rloo import cli
-from helpsteer_rloo.commands.report import page_of
+from helpsteer_rloo.commands.report import collected
 from helpsteer_rloo.display import live_report as reporting
 from helpsteer_rloo.display.live_report import reported
 from helpsteer_rloo.preemption import Stopped
+from helpsteer_rloo.report.page import render
 from helpsteer_rloo.run_dir import RunDir, is_locked, locked, write_json
 from tests.report.runs import finish, make_run, make_small_run
 
@@ -26,7 +28,7 @@ def test_the_page_goes_into_the_runs_directory(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     cli.report([str(run)])
     page = (run / "report.html").read_text()
-    assert "The reward model orders 80.0 %" in page
+    assert "The reward model orders 80.0\xa0%" in page
     assert "report.html" in capsys.readouterr().out
     assert len(page) < 2_000_000
 
@@ -118,13 +120,56 @@ def test_a_run_writes_its_report_at_the_end_of_a_stage_and_at_its_own(run, repor
 
 
 def test_a_report_that_fails_is_a_warning_said_once(run, reporting_on, capsys):
+    (run / "report.html").mkdir()
+    with reported(RunDir(run)):
+        finish(run, "another", {})
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("WARNING: the report: --output") == 1
+    assert "report.html is a directory" in out
+
+
+def test_a_file_that_the_last_report_lacks_is_a_warning(run, reporting_on, capsys):
     (run / "data.json").write_text("{")
     with reported(RunDir(run)):
         finish(run, "another", {})
     out = " ".join(capsys.readouterr().out.split())
-    assert out.count("WARNING: the report could not be written") == 1
-    assert "data.json is damaged" in out
-    assert not (run / "report.html").exists()
+    assert "WARNING: the report: " in out
+    assert "report.html is written without what cannot be read. run: data.json is damaged" in out
+    assert "finished" not in re.findall(r'class="state[^>]*>(\w+)', (run / "report.html").read_text())
+
+
+def test_a_broken_run_stands_beside_the_whole_ones_and_is_named(tmp_path, monkeypatch, capsys):
+    whole, broken = make_run(tmp_path / "whole", count=8), make_run(tmp_path / "broken", count=8)
+    (broken / "data.json").write_text("{")
+    (broken / "policy" / "policy.json").unlink()
+    os.mkfifo(broken / "policy" / "policy.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.report([str(whole), "broken"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    assert "report.html: whole, broken." in said.out
+    error = " ".join(said.err.split())
+    assert "report.html is written without what cannot be read. broken: " in error
+    assert "data.json is damaged (Expecting property name" in error
+    assert "policy/policy.json is a pipe, where a file is expected" in error
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'class="state[^>]*>(\w+)', page) == ["finished", "broken"]
+    assert "This cannot be read, and is left out: data.json is damaged" in page
+    assert page.count("The reward model orders 80.0") == 2  # the rest of the broken one is shown
+
+
+def test_the_message_names_the_run_by_its_directory(run, monkeypatch, capsys):
+    monkeypatch.chdir(run)
+    cli.report(["."])
+    assert capsys.readouterr().out.strip().endswith("/run/report.html: run.")
+
+
+def test_a_page_that_is_a_pipe_is_refused(run, monkeypatch, capsys):
+    os.mkfifo(run / "report.html")
+    with pytest.raises(SystemExit):
+        cli.report([str(run)])
+    assert "report.html is a pipe, where a file is expected" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
@@ -166,6 +211,23 @@ def test_only_one_report_at_a_time_is_written_and_none_outlives_its_run(run, rep
     assert time.monotonic() - begin < 30
 
 
+def test_the_process_that_writes_a_report_ends_soon_after_a_run_that_was_killed(tmp_path):
+    """A run that is killed cannot end it."""
+    child = "import sys, time; from helpsteer_rloo.display.live_report import end_with; "
+    child += "end_with(int(sys.argv[1])); print('begun', flush=True); time.sleep(120)"
+    parent = (
+        f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())]); "
+    )
+    parent += "time.sleep(120)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "begun\n"
+        assert not select.select([run.stdout], [], [], 1.5)[0]  # while the run lives, so does it
+        run.kill()
+        begin = time.monotonic()
+        assert run.stdout.read() == ""  # the end of the pipe, which it held
+        assert time.monotonic() - begin < 30
+
+
 def test_reports_can_be_switched_off(run, monkeypatch):
     assert os.environ[reporting.SWITCH] == "off"  # in all tests but these
     with reported(RunDir(run)):
@@ -175,7 +237,7 @@ def test_reports_can_be_switched_off(run, monkeypatch):
 
 def test_runs_of_one_name_are_two_in_the_page_and_no_id_is_there_twice(tmp_path):
     roots = [make_run(tmp_path / name / "warn", count=8) for name in ("a", "a_", "a-")]
-    page = page_of([RunDir(root) for root in roots])
+    page = render(collected([RunDir(root) for root in roots]))
     assert "a/warn and a_/warn and a-/warn" in page
     assert "a/warn: reward" in page
     identities = re.findall(r'\bid="([^"]+)"', page)
@@ -206,4 +268,4 @@ def test_the_last_report_of_a_run_that_was_stopped_is_given_up_soon(run, reporti
     with pytest.raises(type(error)), reported(RunDir(run)):
         end()
     limit = "0.1" if capped else "0.4"
-    assert told == [f"WARNING: the report could not be written: it took more than {limit} seconds."]
+    assert told == [f"WARNING: the report: it was given up after {limit} seconds."]

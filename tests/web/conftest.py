@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from tests.report.runs import HOSTILE, answers, json_text, make_run
+from helpsteer_rloo.run_dir import write_json
+from tests.report.runs import HOSTILE, answers, estimate, heldout, json_text, make_run, policy_log
 from tests.web import browser as browsers
 
 
@@ -27,11 +28,12 @@ def browser():
 
 def written(directory, runs):
     """A page in a directory, of the runs in others."""
-    from helpsteer_rloo.commands.report import page_of
+    from helpsteer_rloo.commands.report import collected
     from helpsteer_rloo.report.collect import find_run
+    from helpsteer_rloo.report.page import render
 
     path = directory / "report.html"
-    path.write_text(page_of([find_run(str(run)) for run in runs]), encoding="utf-8")
+    path.write_text(render(collected([find_run(str(run)) for run in runs])), encoding="utf-8")
     return path
 
 
@@ -54,6 +56,38 @@ def two_runs_file(tmp_path_factory):
     """The page of two runs side by side."""
     directory = tmp_path_factory.mktemp("two")
     return written(directory, [make_run(directory / "first"), make_run(directory / "second", accuracy=0.7, gold=-0.1)])
+
+
+@pytest.fixture(scope="session")
+def strange_file(tmp_path_factory):
+    """The page of two runs with long names, large and small numbers, and scores that are all the same."""
+    directory = tmp_path_factory.mktemp("strange")
+    run = make_run(directory / "a-run-with-a-name-that-is-rather-long", domain="a domain of more words than others")
+    log = [
+        {**row, "step": row["step"] * 10**6, "reward": row["reward"] * 1e9, "kl_per_completion": row["step"] * 1e-7}
+        for row in policy_log()
+    ]
+    (run / "policy" / "metrics.jsonl").write_text(json_text(log))
+    rows = answers()
+    for side in (side for row in rows for side in (row["before"], row["after"])):
+        side |= {"gold": 1.0, "reward": 123456 + side["reward"]}
+    (run / "samples.jsonl").write_text(json_text(rows))
+    record = heldout()
+    record["by_length"] = {"from 1 to 1000 tokens": estimate(0.8000005, 0.8000001, 0.8000009)}
+    record["probes"] = {"repetition": {"change": estimate(-123456.0, -123459.0, 5.0)}}
+    write_json(run / "reward_model" / "reward_model.json", {"heldout": record})
+    return written(directory, [run, make_run(directory / "another-run-with-a-name-that-is-rather-long")])
+
+
+@pytest.fixture(scope="session")
+def zero_file(tmp_path_factory):
+    """The page of a run whose only sample has scores a little below zero."""
+    directory = tmp_path_factory.mktemp("zero")
+    run = make_run(directory / "zero")
+    (row,) = answers(1)
+    row["before"], row["after"] = ({"text": "a", "ended": True, "reward": score} for score in (-1e-5, -2e-5))
+    (run / "samples.jsonl").write_text(json_text([row]))
+    return written(directory, [run])
 
 
 @pytest.fixture(scope="session")

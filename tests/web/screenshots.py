@@ -8,8 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from helpsteer_rloo.commands.report import page_of
+from helpsteer_rloo.commands.report import collected
 from helpsteer_rloo.report.collect import find_run
+from helpsteer_rloo.report.page import render
 from tests.web import browser
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
@@ -26,8 +27,8 @@ def main(first, second):
     runs = [find_run(first), find_run(second)]
     with tempfile.TemporaryDirectory() as scratch, browser.running() as chromium:
         one, both = Path(scratch) / "one.html", Path(scratch) / "both.html"
-        one.write_text(page_of(runs[:1]), encoding="utf-8")
-        both.write_text(page_of(runs), encoding="utf-8")
+        one.write_text(render(collected(runs[:1])), encoding="utf-8")
+        both.write_text(render(collected(runs)), encoding="utf-8")
         take(chromium, one, "report-desktop-dark", scheme="dark", size=(1180, 1000))
         take(chromium, one, "report-phone-light", scheme="light", size=(390, 844), fragment="#sample-1")
         take(chromium, both, "report-two-runs", scheme="light", size=(1180, 1000), script=_TO_THE_POLICY)

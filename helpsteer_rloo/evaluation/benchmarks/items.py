@@ -10,6 +10,7 @@ from typing import Any
 from helpsteer_rloo.data.fields import FieldReader
 from helpsteer_rloo.data.sources import ENDINGS, BadRowError, RawRow, RowFile, read_rows
 from helpsteer_rloo.groups import Message
+from helpsteer_rloo.run_dir import read_text
 
 FILES = (*ENDINGS, ".json")
 
@@ -71,7 +72,7 @@ def rows_of(path: Path, total: str | None = None) -> Iterator[RawRow]:
 def _list_of(path: Path) -> Iterator[RawRow]:
     """The rows of a file with one JSON list; `line` counts them from 1."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}. Is the file complete?") from None
     if not isinstance(rows, list):
