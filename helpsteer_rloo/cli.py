@@ -139,7 +139,7 @@ def show_data(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.data import parse_data, run_data
 
     settings = parse_data(argv)
-    guarded(lambda: _in_view(lambda: run_data(settings)))
+    guarded(lambda: _in_view(lambda: run_data(settings)), outlives_readers=False)
 
 
 def evaluate(argv: list[str] | None = None) -> None:
@@ -155,7 +155,7 @@ def plan(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.plan import parse_plan, run_plan
 
     settings = parse_plan(argv)
-    guarded(lambda: run_plan(settings))
+    guarded(lambda: run_plan(settings), outlives_readers=False)
 
 
 def score(argv: list[str] | None = None) -> None:
@@ -171,7 +171,7 @@ def chat(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.chat import parse_chat, run_chat
 
     settings = parse_chat(argv)
-    guarded(lambda: run_chat(settings))
+    guarded(lambda: run_chat(settings), outlives_readers=False)
 
 
 def best_of(argv: list[str] | None = None) -> None:
@@ -238,23 +238,33 @@ def _in_view(work: Callable[[], None]) -> None:
         work()
 
 
-def guarded(work: Callable[[], None]) -> None:
+def guarded(work: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Run a command; a mistake of the user's ends it with a message instead of a traceback.
 
     The traceback is printed too when HELPSTEER_RLOO_DEBUG is set.
+
+    Args:
+        work: The command.
+        outlives_readers: Whether it goes on, silently, when nobody reads any more what it prints. What is run for that
+            alone ends there.
     """
+    from helpsteer_rloo.display.streams import ended_by_readers, open_closed_streams, outlive_readers
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads of a CPU build wait for each other by spinning; beside any other busy process that made training of a tiny
     # model seven times slower (two threads on two shared cores). Measured, in ms a step, on an idle machine and beside
     # one busy process: 1000 spins 87 and 109, 3000 70 and 142, 30000 62 and 450.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's CPU allocator: activations in huge pages
+    open_closed_streams()
+    if outlives_readers:
+        outlive_readers()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding has no sign for is spelled out
             stream.reconfigure(errors="backslashreplace")
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    _end(_status_of(work))
+    _end(_status_of(work if outlives_readers else ended_by_readers()(work)))
 
 
 def _status_of(work: Callable[[], None]) -> int:

@@ -17,6 +17,7 @@ from rich.live import Live
 
 from helpsteer_rloo.display.console import say, speaking_to
 from helpsteer_rloo.display.progress import RunState, block, clock, line, record
+from helpsteer_rloo.display.streams import lasting
 from helpsteer_rloo.events import Event, Measured, Progressed, StageBegan, StageEnded, subscribed
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
@@ -213,7 +214,7 @@ def _own_stdout() -> Generator[TextIO]:
         with redirect_stdout(sys.stderr):
             yield stream
         return
-    with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as own, redirect_stdout(sys.stderr):
+    with lasting(os.dup(descriptor), "utf-8", closes=True) as own, redirect_stdout(sys.stderr):
         os.dup2(2, descriptor)
         try:
             yield own
