@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from helpsteer_rloo.groups import Split
-from helpsteer_rloo.hub import absence
+from helpsteer_rloo.hub import absence, snapshot
 from helpsteer_rloo.settings.knobs import DataKnobs
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -122,19 +122,13 @@ def _download(knobs: DataKnobs) -> Path:
     name = knobs.dataset_name
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(ENDINGS):
         raise ValueError(f"--dataset_name {name}: no such file or directory (and not a hub id of the form owner/name).")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    away = absence(name, knobs.dataset_revision, "dataset")
+    patterns = [f"{knobs.dataset_subset}/*{ending}" for ending in ENDINGS]
     try:
-        folder = snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=knobs.dataset_revision,
-            allow_patterns=[f"{knobs.dataset_subset}/*{ending}" for ending in ENDINGS],
-            local_files_only=away is not None,
-        )
+        return snapshot(name, patterns, knobs.dataset_revision, "dataset")
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        away = absence(name, knobs.dataset_revision, "dataset")
         reason = away or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise ValueError(
             f"Could not fetch the data set {name!r} (subset {knobs.dataset_subset!r}) from the hub: {reason}\n"
@@ -142,7 +136,6 @@ def _download(knobs: DataKnobs) -> Path:
             f"{knobs.dataset_subset}/train.jsonl.gz and {knobs.dataset_subset}/validation.jsonl.gz, or one "
             "file ending in " + ", ".join(ENDINGS) + "."
         ) from None
-    return Path(folder)
 
 
 def content_digest(files: list[RowFile]) -> str:

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from helpsteer_rloo import hub
 from helpsteer_rloo.data import sources
 from helpsteer_rloo.data.helpsteer3 import load_corpus
 from helpsteer_rloo.data.sources import BadRowError, RowFile, content_digest, locate, read_rows
@@ -268,7 +269,8 @@ def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(name, tmp_pa
 
 @pytest.fixture(autouse=True)
 def hub_that_answers(monkeypatch):
-    monkeypatch.setattr(sources, "absence", lambda *args: None)
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "absence", lambda *args: None)
 
 
 def test_a_hub_that_does_not_answer_is_said_to_be_away_with_the_reason(tmp_path, monkeypatch):
@@ -277,7 +279,8 @@ def test_a_hub_that_does_not_answer_is_said_to_be_away_with_the_reason(tmp_path,
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "absence", lambda *args: "ConnectError: Name or service not known")
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "absence", lambda *args: "ConnectError: Name or service not known")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(ValueError, match="from the hub: ConnectError: Name or service not known\n"):
         locate(DataKnobs())
@@ -314,6 +317,8 @@ def test_a_data_set_of_the_hub_is_fetched_by_subset_and_revision(tmp_path, monke
 
     def fetch(name, **kwargs):
         asked.update(kwargs, name=name)
+        if kwargs.get("dry_run"):
+            return []
         write_jsonl(tmp_path / "snapshot" / "pairs" / "train.jsonl.gz", [make_row("t")])
         write_jsonl(tmp_path / "snapshot" / "pairs" / "validation.jsonl.gz", [make_row("v")])
         return str(tmp_path / "snapshot")
@@ -323,13 +328,17 @@ def test_a_data_set_of_the_hub_is_fetched_by_subset_and_revision(tmp_path, monke
     corpus = load_corpus(DataKnobs(dataset_name="owner/name", dataset_subset="pairs", dataset_revision="abc"))
     assert (asked["name"], asked["repo_type"], asked["revision"]) == ("owner/name", "dataset", "abc")
     assert asked["allow_patterns"] == ["pairs/*.jsonl", "pairs/*.jsonl.gz", "pairs/*.parquet"]
-    assert asked["local_files_only"] is False
+    assert "local_files_only" not in asked
     assert [len(corpus.groups[split]) for split in ("train", "validation")] == [1, 1]
 
 
 def test_a_data_set_of_the_hub_without_the_subset_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(tmp_path / "never_made"))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kwargs: [] if kwargs.get("dry_run") else str(tmp_path / "never_made"),
+    )
     with pytest.raises(ValueError, match="no file of rows here") as caught:
         locate(DataKnobs(dataset_name="owner/name", dataset_subset="pairs"))
     assert f"{tmp_path}/never_made/pairs, {tmp_path}/never_made/data, " in str(caught.value)
