@@ -7,8 +7,9 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from helpsteer_rloo import __version__
 from helpsteer_rloo.preemption import STOPPED, Stopped
@@ -79,7 +80,7 @@ def train_reward_model(argv: list[str] | None = None) -> None:
     settings = parse_command(REWARD, argv, checks=[check_reward])
 
     def work() -> None:
-        with _shown(settings.own):
+        with _shown(settings.own, settings.trl):
             from helpsteer_rloo.pipeline import run_reward_model
 
             run_reward_model(settings)
@@ -96,7 +97,7 @@ def train_policy(argv: list[str] | None = None) -> None:
     settings = parse_command(RLOO, argv, checks=[check_rloo])
 
     def work() -> None:
-        with _shown(settings.own):
+        with _shown(settings.own, settings.trl):
             from helpsteer_rloo.pipeline import run_rloo
 
             run_rloo(settings)
@@ -111,7 +112,7 @@ def run_pipeline(argv: list[str] | None = None) -> None:
     settings = parse_pipeline(argv)
 
     def work() -> None:
-        with _shown(settings.own):
+        with _shown(settings.own, settings.reward.trl, settings.rloo.trl):
             from helpsteer_rloo import pipeline
 
             pipeline.run_pipeline(settings)
@@ -126,7 +127,8 @@ def run_demo(argv: list[str] | None = None) -> None:
     settings = parse_demo(argv)
 
     def work() -> None:
-        with _shown(settings.pipeline.own):
+        run = settings.pipeline
+        with _shown(run.own, run.reward.trl, run.rloo.trl):
             from helpsteer_rloo.commands import demo
 
             demo.run_demo(settings)
@@ -223,11 +225,12 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _shown(own: EngineKnobs) -> AbstractContextManager[None]:
-    """Within, a run is shown as its flags say."""
+def _shown(own: EngineKnobs, *trainings: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Within, a run is shown as its flags say, TRL's `--disable_tqdm` of one of its trainings among them."""
     from helpsteer_rloo.display.live import shown
 
-    return shown(own.progress, own.progress_seconds)
+    bars = not any(flags.get("disable_tqdm") for flags in trainings)
+    return shown(own.progress, own.progress_seconds, bars=bars)
 
 
 def _in_view(work: Callable[[], None]) -> None:
@@ -248,7 +251,7 @@ def guarded(work: Callable[[], None], *, outlives_readers: bool = True) -> None:
         outlives_readers: Whether it goes on, silently, when nobody reads any more what it prints. What is run for that
             alone ends there.
     """
-    from helpsteer_rloo.display.streams import ended_by_readers, open_closed_streams, outlive_readers
+    from helpsteer_rloo.display.streams import draw_no_bars, ended_by_readers, open_closed_streams, outlive_readers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads of a CPU build wait for each other by spinning; beside any other busy process that made training of a tiny
@@ -259,6 +262,8 @@ def guarded(work: Callable[[], None], *, outlives_readers: bool = True) -> None:
     open_closed_streams()
     if outlives_readers:
         outlive_readers()
+    if not sys.stderr.isatty():
+        draw_no_bars()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding has no sign for is spelled out
             stream.reconfigure(errors="backslashreplace")

@@ -53,6 +53,10 @@ def run_chat(settings: Settings[ChatKnobs]) -> None:
     """
     from rich.console import Console
 
+    from helpsteer_rloo.display.streams import draw_no_bars
+
+    if settings.own.jsonl:
+        draw_no_bars()  # before transformers is imported, which asks then
     from helpsteer_rloo.chat.partner import ModelPartner
     from helpsteer_rloo.chat.screen import JsonScreen, TextScreen, converse, read_lines, typed_lines
     from helpsteer_rloo.chat.session import Session

@@ -10,6 +10,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+_BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""Variables of the environment; transformers, when it is imported, does as the hub's says."""
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 """Of a pipe whose reader has ended, and of a terminal that is gone."""
 
@@ -67,6 +69,12 @@ def open_closed_streams() -> None:
             mode = "w" if descriptor else "r"
             stream = open(descriptor, mode, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
+
+
+def draw_no_bars() -> None:
+    """Ask libraries that are not imported yet for no bars of their own, unless the environment asks for them."""
+    for name in _BARS_OFF:
+        os.environ.setdefault(name, "1")
 
 
 @contextmanager

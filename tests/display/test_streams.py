@@ -1,14 +1,20 @@
 """Output that nobody reads any more: a run goes on and ends as it would have, in every way of showing it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from helpsteer_rloo import cli
 from helpsteer_rloo.data.demo import write_rows
+from helpsteer_rloo.display import live
+from helpsteer_rloo.settings.config import REWARD
+from helpsteer_rloo.settings.parsing import parse_command, parse_pipeline
 from tests.display.test_progress import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +115,62 @@ def test_a_training_whose_first_line_alone_is_read_is_finished(tiny_base, tmp_pa
         assert process.wait(120) == 0
     assert first["event"] == "run"
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def asked_of_libraries(prefix):
+    """Whether libraries draw bars within a command whose standard error is no terminal, and within `shown`."""
+    code = f"""
+from helpsteer_rloo import cli
+from helpsteer_rloo.display.live import chosen, shown
+
+def work():
+    {prefix}
+    from huggingface_hub.utils import are_progress_bars_disabled
+    print(not are_progress_bars_disabled())
+
+cli.guarded(work)
+"""
+    environment = {name: value for name, value in os.environ.items() if "PROGRESS_BARS" not in name}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    return done.stdout == b"True\n"
+
+
+def test_libraries_draw_no_bars_where_there_is_no_terminal_whatever_the_command():
+    assert not asked_of_libraries("")
+    assert asked_of_libraries("import os; os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '0'")  # whoever asks has them
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode", "quiet"),
+    [
+        ([], "rich", True),
+        (["--disable_tqdm"], "plain", True),
+        (["--disable_tqdm=false", "--progress=plain"], "plain", False),
+    ],
+)
+def test_trls_flag_for_no_bars_leaves_none(monkeypatch, flags, mode, quiet):
+    entered = []
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(live, "draw_no_bars", lambda: entered.append("no bars"))
+    for name in ("_in_a_block", "_as_lines"):
+        monkeypatch.setattr(live, name, lambda *_, name=name: nullcontext(entered.append(name)))
+    settings = parse_command(REWARD, flags)
+    with cli._shown(settings.own, settings.trl):
+        pass
+    assert entered == [*(["no bars"] if quiet else []), {"rich": "_in_a_block", "plain": "_as_lines"}[mode]]
+    pipeline = parse_pipeline([f"--rloo.{flag[2:]}" if "tqdm" in flag else flag for flag in flags])
+    with cli._shown(pipeline.own, pipeline.reward.trl, pipeline.rloo.trl):
+        pass
+    assert entered[len(entered) // 2 :] == entered[: len(entered) // 2]
+
+
+class Terminal(io.StringIO):
+    """What is taken for one."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("command", [["plan", "--json"], ["plan", "--gpu_name=h100"]])
