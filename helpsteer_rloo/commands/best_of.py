@@ -100,7 +100,7 @@ def _play(own: BestOfKnobs) -> Play:
     source = policy_of(own)
     judge = Path(own.reward_model_dir) if own.reward_model_dir else source.judge("reward_model")
     if judge is None:
-        raise ValueError("--reward_model_dir is missing: no reward model of this policy's training is there.")
+        raise ValueError(source.absence_of_judge("reward_model", "--reward_model_dir"))
     return open_play(own, source, {"reward": ("--reward_model_dir", judge)})
 
 

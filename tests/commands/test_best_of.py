@@ -192,11 +192,14 @@ def test_what_cannot_be_is_said(world, policy, tmp_path, capsys):
         (["2", source, *flags, f"--policy_dir={tmp_path}"], "neither a policy of this project"),
         (
             ["2", source, *flags, f"--policy_dir={moved}"],
-            f"stands on, {tmp_path / 'gone'}, is not there. Put",
+            f"stands on, {tmp_path / 'gone'}, is not there, nor beside it. Put",
         ),
-        (["2", source, f"--policy_dir={policy}", f"--output={tmp_path / 'o.jsonl'}"], "--reward_model_dir is missing"),
+        (
+            ["2", source, f"--policy_dir={policy}", f"--output={tmp_path / 'o.jsonl'}"],
+            "models/rm, is not there, nor beside the policy: say by --reward_model_dir where it is now",
+        ),
         (["2", str(tmp_path / "none"), *flags], "no such file"),
-        (["2", source, *flags, "--reward_model_dir=none"], "--reward_model_dir is missing"),
+        (["2", source, *flags, "--reward_model_dir=none"], "models/rm, is not there, nor beside the policy"),
     ):
         with pytest.raises(SystemExit):
             cli.best_of(argv)
