@@ -165,7 +165,7 @@ def score(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.score import parse_score, run_score
 
     settings = parse_score(argv)
-    guarded(lambda: _in_view(lambda: run_score(settings)))
+    guarded(lambda: _in_view(lambda: run_score(settings), otherwise="plain"))
 
 
 def chat(argv: list[str] | None = None) -> None:
@@ -181,7 +181,7 @@ def best_of(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.best_of import parse_best_of, run_best_of
 
     settings = parse_best_of(argv)
-    guarded(lambda: run_best_of(settings))
+    guarded(lambda: _in_view(lambda: run_best_of(settings), otherwise="plain"))
 
 
 def serve(argv: list[str] | None = None) -> None:
@@ -233,11 +233,11 @@ def _shown(own: EngineKnobs, *trainings: Mapping[str, Any]) -> AbstractContextMa
     return shown(own.progress, own.progress_seconds, bars=bars)
 
 
-def _in_view(work: Callable[[], None]) -> None:
-    """Do what has no such flags, with a live block in a terminal."""
+def _in_view(work: Callable[[], None], otherwise: str = "none") -> None:
+    """Do what has no such flags, with a live block in a terminal; elsewhere what takes long may be shown by lines."""
     from helpsteer_rloo.display.live import shown
 
-    with shown("auto", otherwise="none"):
+    with shown("auto", otherwise=otherwise):
         work()
 
 

@@ -161,6 +161,20 @@ def read_rows(file: RowFile) -> Iterator[RawRow]:
         raise ValueError(f"{file.path}: cannot be read: {error}. Is the file complete?") from None
 
 
+def row_count(file: RowFile) -> int:
+    """How many rows `read_rows` finds in a file, by a look that is quicker; 0 for one that cannot be read."""
+    try:
+        if file.path.name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            return int(pyarrow.parquet.ParquetFile(file.path).metadata.num_rows)
+        open_file = gzip.open if file.path.name.endswith(".gz") else open
+        with open_file(file.path, "rb") as stream:
+            return sum(1 for raw in _lines(cast(BinaryIO, stream)) if raw.strip())
+    except (OSError, EOFError, ValueError, zlib.error):  # pyarrow's are ValueErrors
+        return 0
+
+
 def _read_lines(file: RowFile) -> Iterator[RawRow]:
     open_file = gzip.open if file.path.name.endswith(".gz") else open
     with open_file(file.path, "rb") as stream:

@@ -117,6 +117,7 @@ def _ended_by_sigterm() -> Generator[None]:
 @contextmanager
 def _as_lines(seconds: float) -> Generator[None]:
     state, is_time = RunState(time.monotonic()), _Every(seconds)
+    is_time.begin(state.began)
 
     def take(event: Event) -> None:
         now = time.monotonic()
@@ -126,7 +127,7 @@ def _as_lines(seconds: float) -> Generator[None]:
                 is_time.begin(now)
             case StageEnded() if new and not event.before:
                 say(f"Stage {event.stage} is finished after {clock(event.seconds)}.")
-            case Progressed() | Measured() if is_time(now):
+            case Progressed() | Measured() if (state.stage or state.tasks) and is_time(now):
                 say(line(state, now))
             case _:
                 pass

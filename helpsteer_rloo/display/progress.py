@@ -197,10 +197,7 @@ def stage_title(state: RunState) -> str:
 def facts(state: RunState, now: float) -> list[str]:
     """Rate, time left and memory, as far as they are known."""
     found: list[str] = []
-    if state.tasks:
-        event, pace = next(iter(state.tasks.values()))
-        if pace.rate is not None:
-            found.append(_rate(pace.rate, event.unit))
+    found += [_rate(pace.rate, event.unit) for event, pace in state.tasks.values() if pace.rate is not None][:1]
     if state.tokens.rate is not None:
         found.append(f"{short(state.tokens.rate)} tokens/s")
     if (left := state.seconds_left(now)) is not None:
@@ -239,12 +236,10 @@ def wrapped(parts: Sequence[str], width: int) -> list[str]:
 
 
 def line(state: RunState, now: float) -> str:
-    """The present stage in a line of a log."""
-    done: list[str] = []
-    if state.tasks:
-        event, _ = next(iter(state.tasks.values()))
-        done = [f"{event.task} {_count(event)}"]
-    title = [] if state.stage is None and done else [stage_title(state)]
+    """The present stage in a line of a log; without one, the outermost tasks."""
+    told = [event for event, _ in state.tasks.values()]
+    title = [stage_title(state)] if state.stage or not told else []
+    done = [f"{event.task} {_count(event)}" for event in told[: 1 if state.stage else 2]]
     return ", ".join([*title, *done, *shown_metrics(state), *facts(state, now)])
 
 
@@ -267,7 +262,7 @@ def block(state: RunState, now: float, width: int) -> RenderableType:
         return Group()
     told = [event for event, _ in state.tasks.values()]
     rows: list[RenderableType] = [_first_row(state, told[0] if told else None, now, width)]
-    for event in told[-1:] if len(told) > 1 else []:
+    for event in told[1:]:
         rows.append(_text(f"  {event.task} {_count(event)}", "dim"))
     rows += [_text("  " + part, "") for part in wrapped(shown_metrics(state), width - 2)]
     rows += [_text("  " + part, "dim") for part in wrapped(facts(state, now), width - 2)]

@@ -377,3 +377,17 @@ def test_the_digest_changes_when_rows_move_to_another_split(tmp_path):
         write_jsonl(tmp_path / name / "train.jsonl", train)
         write_jsonl(tmp_path / name / "validation.jsonl", validation)
     assert digest_of(tmp_path / "one") != digest_of(tmp_path / "two")
+
+
+def test_rows_are_counted_without_being_read(tmp_path):
+    rows = some_rows()
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert sources.row_count(RowFile(write_jsonl(tmp_path / name, rows), None)) == len(rows)
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert sources.row_count(RowFile(tmp_path / "a.parquet", None)) == len(rows)
+    (tmp_path / "b.jsonl").write_bytes(b"{}\n\n  \n{}\nnot json")
+    assert sources.row_count(RowFile(tmp_path / "b.jsonl", None)) == 3
+    assert len(list(sources.read_rows(RowFile(tmp_path / "b.jsonl", None)))) == 3
+    for name in ("d.jsonl.gz", "d.parquet"):
+        (tmp_path / name).write_bytes(b"damaged")
+        assert sources.row_count(RowFile(tmp_path / name, None)) == 0
