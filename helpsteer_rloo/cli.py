@@ -7,8 +7,9 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from helpsteer_rloo import __version__
 from helpsteer_rloo.preemption import STOPPED, Stopped
@@ -79,7 +80,7 @@ def train_reward_model(argv: list[str] | None = None) -> None:
     settings = parse_command(REWARD, argv, checks=[check_reward])
 
     def work() -> None:
-        with _shown(settings.own):
+        with _shown(settings.own, settings.trl):
             from helpsteer_rloo.pipeline import run_reward_model
 
             run_reward_model(settings)
@@ -96,7 +97,7 @@ def train_policy(argv: list[str] | None = None) -> None:
     settings = parse_command(RLOO, argv, checks=[check_rloo])
 
     def work() -> None:
-        with _shown(settings.own):
+        with _shown(settings.own, settings.trl):
             from helpsteer_rloo.pipeline import run_rloo
 
             run_rloo(settings)
@@ -111,7 +112,7 @@ def run_pipeline(argv: list[str] | None = None) -> None:
     settings = parse_pipeline(argv)
 
     def work() -> None:
-        with _shown(settings.own):
+        with _shown(settings.own, settings.reward.trl, settings.rloo.trl):
             from helpsteer_rloo import pipeline
 
             pipeline.run_pipeline(settings)
@@ -126,7 +127,8 @@ def run_demo(argv: list[str] | None = None) -> None:
     settings = parse_demo(argv)
 
     def work() -> None:
-        with _shown(settings.pipeline.own):
+        run = settings.pipeline
+        with _shown(run.own, run.reward.trl, run.rloo.trl):
             from helpsteer_rloo.commands import demo
 
             demo.run_demo(settings)
@@ -139,7 +141,7 @@ def show_data(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.data import parse_data, run_data
 
     settings = parse_data(argv)
-    guarded(lambda: _in_view(lambda: run_data(settings)))
+    guarded(lambda: _in_view(lambda: run_data(settings)), outlives_readers=False)
 
 
 def evaluate(argv: list[str] | None = None) -> None:
@@ -155,7 +157,7 @@ def plan(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.plan import parse_plan, run_plan
 
     settings = parse_plan(argv)
-    guarded(lambda: run_plan(settings))
+    guarded(lambda: run_plan(settings), outlives_readers=False)
 
 
 def score(argv: list[str] | None = None) -> None:
@@ -163,7 +165,7 @@ def score(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.score import parse_score, run_score
 
     settings = parse_score(argv)
-    guarded(lambda: _in_view(lambda: run_score(settings)))
+    guarded(lambda: _in_view(lambda: run_score(settings), otherwise="plain"))
 
 
 def chat(argv: list[str] | None = None) -> None:
@@ -171,7 +173,7 @@ def chat(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.chat import parse_chat, run_chat
 
     settings = parse_chat(argv)
-    guarded(lambda: run_chat(settings))
+    guarded(lambda: run_chat(settings), outlives_readers=False)
 
 
 def best_of(argv: list[str] | None = None) -> None:
@@ -179,7 +181,7 @@ def best_of(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.best_of import parse_best_of, run_best_of
 
     settings = parse_best_of(argv)
-    guarded(lambda: run_best_of(settings))
+    guarded(lambda: _in_view(lambda: run_best_of(settings), otherwise="plain"))
 
 
 def serve(argv: list[str] | None = None) -> None:
@@ -223,38 +225,51 @@ _DISPATCH: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _shown(own: EngineKnobs) -> AbstractContextManager[None]:
-    """Within, a run is shown as its flags say."""
+def _shown(own: EngineKnobs, *trainings: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Within, a run is shown as its flags say, TRL's `--disable_tqdm` of one of its trainings among them."""
     from helpsteer_rloo.display.live import shown
 
-    return shown(own.progress, own.progress_seconds)
+    bars = not any(flags.get("disable_tqdm") for flags in trainings)
+    return shown(own.progress, own.progress_seconds, bars=bars)
 
 
-def _in_view(work: Callable[[], None]) -> None:
-    """Do what has no such flags, with a live block in a terminal."""
+def _in_view(work: Callable[[], None], otherwise: str = "none") -> None:
+    """Do what has no such flags, with a live block in a terminal; elsewhere what takes long may be shown by lines."""
     from helpsteer_rloo.display.live import shown
 
-    with shown("auto", otherwise="none"):
+    with shown("auto", otherwise=otherwise):
         work()
 
 
-def guarded(work: Callable[[], None]) -> None:
+def guarded(work: Callable[[], None], *, outlives_readers: bool = True) -> None:
     """Run a command; a mistake of the user's ends it with a message instead of a traceback.
 
     The traceback is printed too when HELPSTEER_RLOO_DEBUG is set.
+
+    Args:
+        work: The command.
+        outlives_readers: Whether it goes on, silently, when nobody reads any more what it prints. What is run for that
+            alone ends there.
     """
+    from helpsteer_rloo.display.streams import draw_no_bars, ended_by_readers, open_closed_streams, outlive_readers
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads of a CPU build wait for each other by spinning; beside any other busy process that made training of a tiny
     # model seven times slower (two threads on two shared cores). Measured, in ms a step, on an idle machine and beside
     # one busy process: 1000 spins 87 and 109, 3000 70 and 142, 30000 62 and 450.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's CPU allocator: activations in huge pages
+    open_closed_streams()
+    if outlives_readers:
+        outlive_readers()
+    if not sys.stderr.isatty():
+        draw_no_bars()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding has no sign for is spelled out
             stream.reconfigure(errors="backslashreplace")
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
-    _end(_status_of(work))
+    _end(_status_of(work if outlives_readers else ended_by_readers()(work)))
 
 
 def _status_of(work: Callable[[], None]) -> int:

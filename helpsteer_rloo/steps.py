@@ -303,6 +303,13 @@ def _policy_record(settings: Settings[RLOOKnobs], training: Mapping[str, Any]) -
         "base": training["base"],
         "adapter": training["adapter"],
         "reward_model": settings.own.reward_model_path,
+        "judges": {
+            name: str(Path(directory).resolve()) if directory else None
+            for name, directory in (
+                ("reward_model", settings.own.reward_model_path),
+                ("guard_reward_model", settings.own.guard_reward_model),
+            )
+        },
         "settings": settings.describe(),
         "training": dict(training),
         "provenance": provenance(),

@@ -70,6 +70,7 @@ LIGHT = frozenset(
         "data.demo",
         "display.live",
         "display.live_report",
+        "display.streams",
         "fitting",
         "pipeline",
         "planning.lengths",

@@ -353,7 +353,9 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     )
     rloo = [f"--reward_model_path={model}", f"--output_dir={policy}", "--total_episodes=16", "--response_length=8"]
     cli.train_policy([*data, *common, *rloo, "--per_device_train_batch_size=8"])
-    assert json.loads((policy / "policy.json").read_text())["training"]["episodes"] == 16
+    record = json.loads((policy / "policy.json").read_text())
+    assert record["training"]["episodes"] == 16
+    assert record["judges"] == {"reward_model": str(model.resolve()), "guard_reward_model": None}
     assert len(read_rollouts(policy / "rollouts")) == 16
     assert (tmp_path / "rm.run" / "data.json").exists()
     for name, stages in (("rm", ["data", "reward_model", "verification"]), ("policy", ["data", "rloo"])):

@@ -1,6 +1,7 @@
 """`helpsteer-rloo best-of`: for each prompt of a file the best of n answers, by a reward model."""
 
-import dataclasses
+import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from helpsteer_rloo.chat.playing import Play, PlayKnobs, check_play, open_play, 
 from helpsteer_rloo.data.results import Read, Results, check_finite, check_output, read_prompt
 from helpsteer_rloo.data.sources import RawRow
 from helpsteer_rloo.display.console import best_of_table, say, show
+from helpsteer_rloo.events import PATIENCE, Task
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.identity import model_identity
 from helpsteer_rloo.records.reward_model import html_entities_of
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64
 """Most answers that are decoded, or scored, together."""
+BLOCK = 16 * AT_ONCE
+"""Answers of a prompt that are drawn, then scored, and but for the best forgotten."""
+MOST = 1_000_000
+"""Answers to a prompt."""
+MOST_KEPT = 10_000
+"""Answers to a prompt that are written; they stand in one line of the output."""
 _ADDED = ("response", "responses", "ended", "finish_reason", "score", "scores", "best_of")
 
 
@@ -77,6 +85,16 @@ def check_best_of(settings: Settings[BestOfKnobs]) -> None:
     for name in ("n", "batch_size"):
         if getattr(own, name) < 1:
             raise ValueError(f"--{name} is {getattr(own, name)}; expected at least 1.")
+    if own.n > MOST:
+        raise ValueError(
+            f"--n is {own.n}; expected at most {MOST}: time grows with n, and what choosing can gain with log n only "
+            f"(KL is at most {math.log(MOST) - 1:.1f} nats there, and {math.log(own.n) - 1:.1f} with {own.n})."
+        )
+    if own.keep_all and own.n > MOST_KEPT:
+        raise ValueError(
+            f"--keep_all writes all answers to a prompt in one line; expected --n {MOST_KEPT} at most with it, not "
+            f"{own.n}."
+        )
     check_play(own)
     check_output(own.input, own.output)
 
@@ -90,7 +108,7 @@ def run_best_of(settings: Settings[BestOfKnobs]) -> None:
     """
     own = settings.own
     play = _play(own)
-    results = Results(Path(own.input), Path(own.output), _ADDED, "answers")
+    results = Results(Path(own.input), Path(own.output), _ADDED, "answers", "answering")
     with locked(results.target.with_name(f".{results.target.name}.lock"), results.target):
         results.begin(_asked(own, play))
         _answer_file(own, play, results)
@@ -100,7 +118,7 @@ def _play(own: BestOfKnobs) -> Play:
     source = policy_of(own)
     judge = Path(own.reward_model_dir) if own.reward_model_dir else source.judge("reward_model")
     if judge is None:
-        raise ValueError("--reward_model_dir is missing: no reward model of this policy's training is there.")
+        raise ValueError(source.absence_of_judge("reward_model", "--reward_model_dir"))
     return open_play(own, source, {"reward": ("--reward_model_dir", judge)})
 
 
@@ -180,36 +198,65 @@ class _Answering:
         Raises:
             ValueError: a score is not finite.
         """
-        drawn = [self._draw(raw, group.prompt_ids) for raw, group in part]
-        for (raw, group), answers in zip(part, drawn, strict=True):
-            scored = dataclasses.replace(group, continuation_ids=tuple(answer.ids for answer in answers))
-            run = partial(self._judge.score, [scored])
-            (scores,) = self._scored_at_once.run(run, min(self._own.n, AT_ONCE), 1)
-            check_finite(raw, scores)
-            yield self._added(answers, scores)
+        for raw, group in part:
+            yield self._row(raw, group.prompt_ids)
 
-    def _draw(self, raw: RawRow, prompt: tuple[int, ...]) -> "list[Completion]":
+    def _row(self, raw: RawRow, prompt: tuple[int, ...]) -> dict[str, Any]:
+        """The best answer to a prompt; of all others no more is held than the scores, unless they are to be written."""
+        from helpsteer_rloo.evaluation.best_of_n import best_of_n_kl
+
+        n, kept = self._own.n, list[dict[str, Any]]()
+        scores, best, place = array("d"), dict[str, Any](), 0
+        task = Task(f"row {raw.line}", n, unit="answers", patience=PATIENCE)
+        try:
+            for numbers in blocks(n, BLOCK if self._voice.draws_one_by_one else n):
+                answers = self._draw(raw, prompt, numbers)
+                found = self._score(raw, prompt, answers)
+                first = max(range(len(found)), key=found.__getitem__)  # of equal ones
+                if not best or found[first] > best["score"]:
+                    best, place = self._sample(answers[first], found[first]), numbers[first]
+                kept += map(self._sample, answers, found) if self._own.keep_all else ()
+                scores.extend(found)
+                task.reach(numbers.stop)
+        finally:
+            task.end()
+        about = {"n": n, "kl": best_of_n_kl(n), "mean_score": sum(scores) / n, "sample": place}
+        return {**best, "best_of": {**about, **({"samples": kept} if kept else {})}}
+
+    def _draw(self, raw: RawRow, prompt: tuple[int, ...], numbers: range) -> "list[Completion]":
         from helpsteer_rloo.model.rollout import sequence_seed
 
-        seeds = [sequence_seed(self._play.seed, raw.line, number) for number in range(self._own.n)]
+        seeds = [sequence_seed(self._play.seed, raw.line, number) for number in numbers]
 
         def run(rows: int) -> "list[Completion]":
             return self._voice.draw(prompt, seeds, self._sampling, rows=rows)
 
         return self._drawn_at_once.run(run, min(self._own.n, AT_ONCE), 1)
 
-    def _added(self, answers: "Sequence[Completion]", scores: Sequence[float]) -> dict[str, Any]:
-        from helpsteer_rloo.evaluation.best_of_n import best_of_n_kl
+    def _score(self, raw: RawRow, prompt: tuple[int, ...], answers: "Sequence[Completion]") -> list[float]:
+        group = TokenGroup((), prompt, tuple(answer.ids for answer in answers))
+        (scores,) = self._scored_at_once.run(partial(self._judge.score, [group]), min(self._own.n, AT_ONCE), 1)
+        check_finite(raw, scores)
+        return scores
 
-        texts = self._play.renderer.tokenizer.batch_decode([list(answer.body) for answer in answers])
-        place = max(range(len(scores)), key=scores.__getitem__)  # the first of equal ones
-        samples = [
-            {"response": text, "ended": answer.ended, "finish_reason": finish_reason(answer), "score": score}
-            for text, answer, score in zip(texts, answers, scores, strict=True)
-        ]
-        mean_score = sum(scores) / len(scores)
-        about = {"n": self._own.n, "kl": best_of_n_kl(self._own.n), "mean_score": mean_score, "sample": place}
-        return {**samples[place], "best_of": {**about, **({"samples": samples} if self._own.keep_all else {})}}
+    def _sample(self, answer: "Completion", score: float) -> dict[str, Any]:
+        (text,) = self._play.renderer.tokenizer.batch_decode([list(answer.body)])
+        return {"response": text, "ended": answer.ended, "finish_reason": finish_reason(answer), "score": score}
+
+
+def blocks(n: int, size: int) -> Iterator[range]:
+    """The numbers of n answers in blocks of a size; the last is larger by what would be too few for one of its own.
+
+    So the sampler, which arranges itself for as many answers at once as a block has up to `AT_ONCE`, does so alike.
+
+    >>> list(blocks(200, 64))
+    [range(0, 64), range(64, 128), range(128, 200)]
+    """
+    start = 0
+    while start < n:
+        end = start + size if n - start - size >= AT_ONCE else n
+        yield range(start, end)
+        start = end
 
 
 def finish_reason(answer: "Completion") -> str:

@@ -53,6 +53,10 @@ def run_chat(settings: Settings[ChatKnobs]) -> None:
     """
     from rich.console import Console
 
+    from helpsteer_rloo.display.streams import draw_no_bars
+
+    if settings.own.jsonl:
+        draw_no_bars()  # before transformers is imported, which asks then
     from helpsteer_rloo.chat.partner import ModelPartner
     from helpsteer_rloo.chat.screen import JsonScreen, TextScreen, converse, read_lines, typed_lines
     from helpsteer_rloo.chat.session import Session
@@ -68,7 +72,7 @@ def run_chat(settings: Settings[ChatKnobs]) -> None:
     for name, directory in play.judges.items():
         screen.say(f"{name}: {directory}")
     if not play.judges:
-        screen.say("No reward model of this policy's training is there, so nothing is scored; see --reward_model_dir.")
+        screen.say(f"Nothing is scored. {play.source.absence_of_judge('reward_model', '--reward_model_dir')}")
     typed = sys.stdin.isatty()
     if typed:
         screen.say("Type a turn and Enter; /help lists the commands, Ctrl-D ends.")

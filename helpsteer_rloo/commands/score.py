@@ -77,7 +77,7 @@ def run_score(settings: Settings[ScoreKnobs]) -> None:
     """
     own, trusted = settings.own, settings.own.trust_remote_code
     record = check_reward_model(own.reward_model_dir, "--reward_model_dir", trusted=trusted)
-    results = Results(Path(own.input), Path(own.output), ("scores",), "scores")
+    results = Results(Path(own.input), Path(own.output), ("scores",), "scores", "scoring")
     with locked(results.target.with_name(f".{results.target.name}.lock"), results.target):
         results.begin({"reward_model": model_identity(own.reward_model_dir), "input": str(results.source)})
         from helpsteer_rloo.model.loading import own_renderer

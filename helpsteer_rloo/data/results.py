@@ -11,7 +11,8 @@ from typing import Any
 
 from helpsteer_rloo.data.fields import FieldReader
 from helpsteer_rloo.data.helpsteer3 import read_context
-from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, read_rows
+from helpsteer_rloo.data.sources import BadRowError, RawRow, RowFile, read_rows, row_count
+from helpsteer_rloo.events import Task
 from helpsteer_rloo.groups import Message, TokenGroup
 from helpsteer_rloo.run_dir import read_json, require_file, require_writable, write_json
 
@@ -50,13 +51,14 @@ class Results:
     """A `.jsonl` file of rows, each with what was computed of it.
 
     `added` names the fields that are computed, the one first that is null where nothing could be; what a row has under
-    these names is not written again. `lack` says of such a row what it is without.
+    these names is not written again. `lack` says of such a row what it is without, and `task` what is done with rows.
     """
 
     source: Path
     target: Path
     added: tuple[str, ...]
     lack: str
+    task: str
 
     def begin(self, asked: Mapping[str, Any]) -> None:
         """Say beside the output what it is of; refuse one that is of something else.
@@ -121,22 +123,44 @@ class Results:
         Raises:
             ValueError: a row is not as it should be, unless `skip_bad_rows`.
         """
-        with self.target.open("a", encoding="utf-8") as output:
-            while part := list(itertools.islice(rows, at_once)):
-                found = [self._explained(raw, read) for raw in part]
-                for one in found:
-                    if one.stops and not skip_bad_rows:
-                        raise ValueError(f"{one.error}\nMend the row and give the command again, or --skip_bad_rows.")
-                good = [(raw, one.group) for raw, one in zip(part, found, strict=True) if one.group is not None]
-                computed = iter(compute(good) if good else ())
-                for raw, one in zip(part, found, strict=True):
-                    if one.group is None:
-                        added = {self.added[0]: None, "error": one.error}
-                    else:
-                        added = {**next(computed), **({"cut": list(one.cut)} if one.cut else {})}
-                    seen(added)
-                    output.write(self.line(raw, added) + "\n")
-                output.flush()
+        done = self._rows_before()
+        task = Task(self.task, row_count(RowFile(self.source, None)), done, unit="rows")
+        try:
+            with self.target.open("a", encoding="utf-8") as output:
+                while part := list(itertools.islice(rows, at_once)):
+                    found = [self._explained(raw, read) for raw in part]
+                    for one in found:
+                        if one.stops and not skip_bad_rows:
+                            raise ValueError(
+                                f"{one.error}\nMend the row and give the command again, or --skip_bad_rows."
+                            )
+                    for raw, added in self._added(part, found, compute):
+                        seen(added)
+                        output.write(self.line(raw, added) + "\n")
+                        output.flush()
+                        done += 1
+                        task.reach(done)
+        finally:
+            task.end()
+
+    def _added(
+        self, part: Sequence[RawRow], found: Sequence[Read], compute: Compute
+    ) -> Iterator[tuple[RawRow, dict[str, Any]]]:
+        """The rows of a part, each with what is added to it."""
+        good = [(raw, one.group) for raw, one in zip(part, found, strict=True) if one.group is not None]
+        computed = iter(compute(good) if good else ())
+        for raw, one in zip(part, found, strict=True):
+            if one.group is None:
+                yield raw, {self.added[0]: None, "error": one.error}
+            else:
+                yield raw, {**next(computed), **({"cut": list(one.cut)} if one.cut else {})}
+
+    def _rows_before(self) -> int:
+        """Rows that are in the output."""
+        if not self.target.exists():
+            return 0
+        with self.target.open("rb") as file:
+            return sum(1 for _ in file)
 
     def count(self, added: Mapping[str, Any], counts: Counter[str]) -> None:
         """Count a row by what came of it."""

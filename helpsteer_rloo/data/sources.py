@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from helpsteer_rloo.groups import Split
-from helpsteer_rloo.hub import absence
+from helpsteer_rloo.hub import absence, snapshot
 from helpsteer_rloo.settings.knobs import DataKnobs
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -126,19 +126,13 @@ def _download(knobs: DataKnobs) -> Path:
     name = knobs.dataset_name
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(ENDINGS):
         raise ValueError(f"--dataset_name {name}: no such file or directory (and not a hub id of the form owner/name).")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    away = absence(name, knobs.dataset_revision, "dataset")
+    patterns = [f"{knobs.dataset_subset}/*{ending}" for ending in ENDINGS]
     try:
-        folder = snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=knobs.dataset_revision,
-            allow_patterns=[f"{knobs.dataset_subset}/*{ending}" for ending in ENDINGS],
-            local_files_only=away is not None,
-        )
+        return snapshot(name, patterns, knobs.dataset_revision, "dataset")
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        away = absence(name, knobs.dataset_revision, "dataset")
         reason = away or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise ValueError(
             f"Could not fetch the data set {name!r} (subset {knobs.dataset_subset!r}) from the hub: {reason}\n"
@@ -146,7 +140,6 @@ def _download(knobs: DataKnobs) -> Path:
             f"{knobs.dataset_subset}/train.jsonl.gz and {knobs.dataset_subset}/validation.jsonl.gz, or one "
             "file ending in " + ", ".join(ENDINGS) + "."
         ) from None
-    return Path(folder)
 
 
 def content_digest(files: list[RowFile]) -> str:
@@ -170,6 +163,20 @@ def read_rows(file: RowFile) -> Iterator[RawRow]:
         yield from _read_parquet(file) if file.path.name.endswith(".parquet") else _read_lines(file)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file.path}: cannot be read: {error}. Is the file complete?") from None
+
+
+def row_count(file: RowFile) -> int:
+    """How many rows `read_rows` finds in a file, by a look that is quicker; 0 for one that cannot be read."""
+    try:
+        if file.path.name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            return int(pyarrow.parquet.ParquetFile(file.path).metadata.num_rows)
+        open_file = gzip.open if file.path.name.endswith(".gz") else open
+        with open_file(file.path, "rb") as stream:
+            return sum(1 for raw in _lines(cast(BinaryIO, stream)) if raw.strip())
+    except (OSError, EOFError, ValueError, zlib.error):  # pyarrow's are ValueErrors
+        return 0
 
 
 def _read_lines(file: RowFile) -> Iterator[RawRow]:

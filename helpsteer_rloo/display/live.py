@@ -17,6 +17,7 @@ from rich.live import Live
 
 from helpsteer_rloo.display.console import say, speaking_to
 from helpsteer_rloo.display.progress import RunState, block, clock, line, record
+from helpsteer_rloo.display.streams import draw_no_bars, lasting
 from helpsteer_rloo.events import Event, Measured, Progressed, StageBegan, StageEnded, subscribed
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
@@ -24,22 +25,23 @@ from helpsteer_rloo.processes import is_main_process
 REFRESHES = 4
 """Of the live block, in a second."""
 _SECONDS = {"plain": 10.0, "json": 1.0}
-_BARS_OF_LIBRARIES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 @contextmanager
-def shown(progress: str, seconds: float | None = None, otherwise: str = "plain") -> Generator[None]:
+def shown(
+    progress: str, seconds: float | None = None, otherwise: str = "plain", *, bars: bool = True
+) -> Generator[None]:
     """Within, show what happens; to be entered before heavy imports, since libraries are asked to draw no bars then.
 
     Args:
         progress: As the flag of that name.
         seconds: Least time between two plain lines, or two events of JSON, about the steps of a task.
         otherwise: What "auto" is where there is no terminal; "none" shows nothing that is not said.
+        bars: Whether "auto" may be a live block, and libraries may draw bars of their own.
     """
-    mode = chosen(progress, otherwise)
-    if mode != "plain" or not sys.stderr.isatty():  # they would run into the block, and fill a log
-        for name in _BARS_OF_LIBRARIES:
-            os.environ.setdefault(name, "1")
+    mode = chosen(progress, otherwise, bars=bars)
+    if not bars or mode != "plain" or not sys.stderr.isatty():  # they would run into the block, and fill a log
+        draw_no_bars()
     with ExitStack() as stack:
         if mode == "json":
             stack.enter_context(_as_json(_SECONDS["json"] if seconds is None else seconds))
@@ -54,11 +56,15 @@ def shown(progress: str, seconds: float | None = None, otherwise: str = "plain")
         yield
 
 
-def chosen(progress: str, otherwise: str = "plain") -> str:
+def chosen(progress: str, otherwise: str = "plain", *, bars: bool = True) -> str:
     """The way of showing that a flag's value stands for on this standard output."""
     if progress != "auto":
         return progress
-    return "rich" if sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown") else otherwise
+    return (
+        "rich"
+        if bars and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "dumb", "unknown")
+        else otherwise
+    )
 
 
 # ---- a live block ---------------------------------------------------------------------------------------------------
@@ -111,6 +117,7 @@ def _ended_by_sigterm() -> Generator[None]:
 @contextmanager
 def _as_lines(seconds: float) -> Generator[None]:
     state, is_time = RunState(time.monotonic()), _Every(seconds)
+    is_time.begin(state.began)
 
     def take(event: Event) -> None:
         now = time.monotonic()
@@ -120,7 +127,7 @@ def _as_lines(seconds: float) -> Generator[None]:
                 is_time.begin(now)
             case StageEnded() if new and not event.before:
                 say(f"Stage {event.stage} is finished after {clock(event.seconds)}.")
-            case Progressed() | Measured() if is_time(now):
+            case Progressed() | Measured() if (state.stage or state.tasks) and is_time(now):
                 say(line(state, now))
             case _:
                 pass
@@ -213,7 +220,7 @@ def _own_stdout() -> Generator[TextIO]:
         with redirect_stdout(sys.stderr):
             yield stream
         return
-    with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as own, redirect_stdout(sys.stderr):
+    with lasting(os.dup(descriptor), "utf-8", closes=True) as own, redirect_stdout(sys.stderr):
         os.dup2(2, descriptor)
         try:
             yield own

@@ -197,10 +197,7 @@ def stage_title(state: RunState) -> str:
 def facts(state: RunState, now: float) -> list[str]:
     """Rate, time left and memory, as far as they are known."""
     found: list[str] = []
-    if state.tasks:
-        event, pace = next(iter(state.tasks.values()))
-        if pace.rate is not None:
-            found.append(f"{pace.rate:.3g} {event.unit}/s" if pace.rate > 0.1 else f"{1 / pace.rate:.3g} s each")
+    found += [_rate(pace.rate, event.unit) for event, pace in state.tasks.values() if pace.rate is not None][:1]
     if state.tokens.rate is not None:
         found.append(f"{short(state.tokens.rate)} tokens/s")
     if (left := state.seconds_left(now)) is not None:
@@ -208,6 +205,12 @@ def facts(state: RunState, now: float) -> list[str]:
     if (run := state.run_seconds_left(now)) is not None and len(state.stages) > 1:
         found.append(f"run {'' if run[1] else '> '}{clock(run[0])} left")
     return [*found, f"{state.memory / 2**30:.2f} GiB"]
+
+
+def _rate(rate: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{rate / 1e6:.3g} MB/s"
+    return f"{rate:.3g} {unit}/s" if rate > 0.1 else f"{1 / rate:.3g} s each"
 
 
 def shown_metrics(state: RunState) -> list[str]:
@@ -233,17 +236,24 @@ def wrapped(parts: Sequence[str], width: int) -> list[str]:
 
 
 def line(state: RunState, now: float) -> str:
-    """The present stage in a line of a log."""
-    done: list[str] = []
-    if state.tasks:
-        event, _ = next(iter(state.tasks.values()))
-        done = [f"{event.task} {_count(event)}"]
-    return ", ".join([stage_title(state), *done, *shown_metrics(state), *facts(state, now)])
+    """The present stage in a line of a log; without one, the outermost tasks."""
+    told = [event for event, _ in state.tasks.values()]
+    title = [stage_title(state)] if state.stage or not told else []
+    done = [f"{event.task} {_count(event)}" for event in told[: 1 if state.stage else 2]]
+    return ", ".join([*title, *done, *shown_metrics(state), *facts(state, now)])
 
 
 def _count(event: Progressed) -> str:
     share = f", {event.step / event.steps:.0%}" if event.steps else ""
+    if event.unit == "bytes":
+        size, unit = next(found for found in _BYTES if event.steps >= found[0] or found[0] == 1)
+        digits = 1 if size > 1 else 0
+        return f"{event.step / size:.{digits}f} of {event.steps / size:.{digits}f} {unit}{share}"
     return f"{event.step}/{event.steps} {event.unit}{share}"
+
+
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+"""Units that a number of bytes is told in, as sizes of downloads are."""
 
 
 def block(state: RunState, now: float, width: int) -> RenderableType:
@@ -252,7 +262,7 @@ def block(state: RunState, now: float, width: int) -> RenderableType:
         return Group()
     told = [event for event, _ in state.tasks.values()]
     rows: list[RenderableType] = [_first_row(state, told[0] if told else None, now, width)]
-    for event in told[-1:] if len(told) > 1 else []:
+    for event in told[1:]:
         rows.append(_text(f"  {event.task} {_count(event)}", "dim"))
     rows += [_text("  " + part, "") for part in wrapped(shown_metrics(state), width - 2)]
     rows += [_text("  " + part, "dim") for part in wrapped(facts(state, now), width - 2)]

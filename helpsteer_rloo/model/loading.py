@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from helpsteer_rloo.hub import absence
+from helpsteer_rloo.hub import absence, snapshot
 from helpsteer_rloo.records import reward_model as reward_record
 from helpsteer_rloo.records.weights import COPY_AGAIN, check_weights, weight_shapes
 from helpsteer_rloo.rendering import Renderer
@@ -51,12 +52,27 @@ class Base:
         kwargs: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
         kwargs["use_safetensors"] = True
         if absence(self.name, self.revision) is not None:
-            kwargs["local_files_only"] = True
+            kwargs |= {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
         if self.revision is not None:
             kwargs["revision"] = self.revision
         if self.quantization is not None:
             kwargs["quantization_config"] = BitsAndBytesConfig.from_dict(dict(self.quantization))
         return kwargs
+
+
+def fetch_weights(base: Base) -> None:
+    """Download the weights of a base on the hub, which is told of; those who load it afterwards find them here.
+
+    What cannot be fetched is left to them, who say so.
+    """
+    if Path(base.name).is_dir() or absence(base.name, base.revision) is not None:
+        return
+    with suppress(HfHubHTTPError, OSError):
+        snapshot(base.name, _WEIGHTS, base.revision)
+
+
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+"""Files that transformers loads weights from."""
 
 
 def load_tokenizer(
@@ -240,6 +256,7 @@ def _not_in_file(model: PeftModel, directory: str | Path) -> set[str]:
 
 def _classifier(base: Base) -> tuple[Model, set[str]]:
     """A sequence classifier with one score, and the names of the weights that it did not find."""
+    fetch_weights(base)
     loader = AutoModelForSequenceClassification.from_pretrained
     with _without_load_report():
         model, report = loader(base.name, num_labels=1, output_loading_info=True, **base.load_kwargs())
@@ -262,6 +279,7 @@ def load_policy(base: Base, adapter: str | Path | None = None) -> Model:
     Raises:
         ValueError: it cannot be fetched or read.
     """
+    fetch_weights(base)
     try:
         model: Model = AutoModelForCausalLM.from_pretrained(base.name, **base.load_kwargs())
         if adapter is not None:

@@ -27,6 +27,11 @@ class Voice:
     ends: tuple[int, ...]
     bare: bool = False
 
+    @property
+    def draws_one_by_one(self) -> bool:
+        """Whether an answer depends on its own seed alone, and not on those that are drawn with it."""
+        return supports_sampler(self.model)
+
     def draw(self, prompt: Sequence[int], seeds: Sequence[int], sampling: Sampling, *, rows: int) -> list[Completion]:
         """Draw an answer for every seed, at most `rows` at once; they depend on nothing else that is drawn."""
         with self._speaking():

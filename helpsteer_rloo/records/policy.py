@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.records.places import base_found_again, found_again
 from helpsteer_rloo.records.reward_model import DTYPES, check_base_record
 from helpsteer_rloo.run_dir import POLICY_RECORD, REWARD_MODEL_RECORD, read_json, read_record
 
@@ -35,9 +36,30 @@ class PolicySource:
         return given if isinstance(given, dict) else {}
 
     def judge(self, name: str) -> Path | None:
-        """The directory of the reward model that it was trained with, as the record names it, if one is still there."""
-        given = self.record.get(name) or self.settings.get(name)
-        return Path(given) if isinstance(given, str) and (Path(given) / REWARD_MODEL_RECORD).exists() else None
+        """The directory of the reward model that it was trained with, where the record says or beside the policy.
+
+        Args:
+            name: `reward_model` or `guard_reward_model`.
+        """
+        named = self._named(name)
+        return next((found for one in named if (found := found_again(one, self.directory, REWARD_MODEL_RECORD))), None)
+
+    def absence_of_judge(self, name: str, flag: str) -> str:
+        """Why there is no reward model of its training, and what to do."""
+        named = self._named(name)
+        if not named:
+            return f"{self.directory} has no record of a reward model: give one by {flag}."
+        return (
+            f"The reward model of {self.directory}, {named[0]}, is not there, nor beside the policy: say by {flag} "
+            "where it is now."
+        )
+
+    def _named(self, name: str) -> list[str]:
+        """What the record calls a reward model: by its absolute path, if it was written since that is kept, or less."""
+        judges = self.record.get("judges")
+        kept = judges.get(name) if isinstance(judges, dict) else None
+        named = (kept, self.record.get(name), self.settings.get(name))
+        return [one for one in named if isinstance(one, str) and one]
 
 
 def read_policy(directory: str | Path, flag: str, *, trusted: bool) -> PolicySource:
@@ -55,7 +77,8 @@ def read_policy(directory: str | Path, flag: str, *, trusted: bool) -> PolicySou
     check_base_record(source / POLICY_RECORD, base)
     if base.get("trust_remote_code") and not trusted:
         raise ValueError(f"The policy's base {_TRUST}")
-    return PolicySource(source, base, record["adapter"], record)
+    base = {**base, "name": base_found_again(base["name"], source)}
+    return PolicySource(source, base, record["adapter"], {**record, "base": base})
 
 
 def read_policy_or_model(directory: str | Path, flag: str, *, trusted: bool) -> PolicySource:
@@ -83,6 +106,6 @@ def _require_base(policy: PolicySource, flag: str) -> None:
     name = Path(policy.base["name"])
     if policy.adapter and name.is_absolute() and not name.is_dir():  # else a directory that is there, or the hub's
         raise ValueError(
-            f"{flag} {policy.directory} is an adapter, and the model that it stands on, {name}, is not there. Put that "
-            f"back, or write where it is now to base.name in {policy.directory / POLICY_RECORD}."
+            f"{flag} {policy.directory} is an adapter, and the model that it stands on, {name}, is not there, nor "
+            f"beside it. Put that back, or write where it is now to base.name in {policy.directory / POLICY_RECORD}."
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from helpsteer_rloo.records.places import base_found_again
 from helpsteer_rloo.records.weights import check_weights
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, open_file, read_json
 from helpsteer_rloo.settings.knobs import DataKnobs
@@ -43,7 +44,7 @@ _AGAIN = f"it is damaged or older than this: {_OTHER}"
 
 
 def read_reward_record(directory: str | Path) -> dict[str, Any]:
-    """The record of a finished reward model, with what loading it relies on.
+    """The record of a finished reward model, with what loading it relies on; a base that was moved with it is found.
 
     Raises:
         ValueError: the directory is not a reward model that this project finished, or its record is damaged.
@@ -57,7 +58,8 @@ def read_reward_record(directory: str | Path) -> dict[str, Any]:
         )
     _check(path, "", record, _RECORD)
     check_base_record(path, record["base"])
-    return record
+    base = {**record["base"], "name": base_found_again(record["base"]["name"], Path(directory))}
+    return {**record, "base": base}
 
 
 def check_base_record(path: Path, base: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from helpsteer_rloo.training.reporting import reporting
 from helpsteer_rloo.training.sealing import checkpoint_to_go_on_from, seal_checkpoints
 from helpsteer_rloo.training.sharding import refuse_other_engine, save_finished
 from helpsteer_rloo.training.stopping import stopping_on_request
+from helpsteer_rloo.training.tied_weights import tied_weights_unsaid
 
 
 def train_to_the_end(
@@ -45,10 +46,12 @@ def train_to_the_end(
     if checkpoint and not _is_sharded(trainer):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if ended or _was_the_last_step(trainer, state):  # transformers would take one step more
-            _stand_at(trainer, checkpoint, state)
+            with tied_weights_unsaid(trainer.model):
+                _stand_at(trainer, checkpoint, state)
             bad_steps.on_train_begin(trainer.args, state, trainer.control)
             return bad_steps.total
-    with stopping_on_request(trainer), full_disk_explained(Path(directory)), reporting(trainer):
+    loaded_quietly = tied_weights_unsaid(trainer.model)
+    with stopping_on_request(trainer), full_disk_explained(Path(directory)), reporting(trainer), loaded_quietly:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return bad_steps.total
 

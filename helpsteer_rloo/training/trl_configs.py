@@ -12,7 +12,7 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from helpsteer_rloo.model.loading import Base, has_bf16, weight_dtype
+from helpsteer_rloo.model.loading import Base, fetch_weights, has_bf16, weight_dtype
 from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.settings.config import Knobs, Settings
 from helpsteer_rloo.settings.flags import FlagValue
@@ -89,7 +89,10 @@ class ModelSetup:
 
 
 def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> ModelSetup:
-    """The base and adapter that the flags ask for, with LoRA on every linear layer unless they say otherwise."""
+    """The base and adapter that the flags ask for, with LoRA on every linear layer unless they say otherwise.
+
+    The base's weights are fetched, so that the trainer that loads them need not.
+    """
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     values = {key: value for key, value in settings.trl.items() if key in names}
     values["dtype"] = str(weight_dtype(bool(values.get("use_peft")), values.get("dtype"))).removeprefix("torch.")
@@ -105,6 +108,7 @@ def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> M
         trust_remote_code=bool(settings.trl.get("trust_remote_code")),
         quantization=quantization.to_dict() if quantization is not None else None,
     )
+    fetch_weights(base)
     kwargs = {"revision": base.revision or "main", "attn_implementation": config.attn_implementation}
     kwargs |= {"dtype": base.dtype, "use_safetensors": True, **(args.model_init_kwargs or {})}
     return ModelSetup(base, kwargs, get_peft_config(config), quantization)

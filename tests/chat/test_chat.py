@@ -116,7 +116,7 @@ def test_the_reward_models_of_the_training_are_found(world, policy, tmp_path, mo
     (turn,) = chat(monkeypatch, capfd, QUESTIONS[0], f"--policy_dir={found}", "--jsonl")
     assert list(turn["differences"]) == ["reward", "guard"]
     shown = chat(monkeypatch, capfd, QUESTIONS[0], f"--policy_dir={policy}")  # whose record names one that is not there
-    assert "so nothing is scored" in shown
+    assert "Nothing is scored. The reward model of" in " ".join(shown.split())
 
 
 def test_what_is_too_long_is_cut_or_refused(world, policy, monkeypatch, capfd):

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from helpsteer_rloo import cli
+from helpsteer_rloo import cli, events
+from helpsteer_rloo.commands import best_of as best_of_command
+from helpsteer_rloo.commands.best_of import AT_ONCE
 from helpsteer_rloo.evaluation.best_of_n import best_of_n_kl
+from helpsteer_rloo.events import Progressed, subscribed
 from helpsteer_rloo.groups import Message
 from helpsteer_rloo.model.forward import score_sequences
 from helpsteer_rloo.model.loading import Base, end_ids, load_policy, load_reward_model
 from helpsteer_rloo.model.rollout import Sampling, sample_groups, sequence_seed
+from helpsteer_rloo.model.voices import Voice
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.run_dir import POLICY_RECORD, read_json, write_json
 from tests.broken.conftest import world
@@ -135,6 +139,58 @@ def test_a_killed_command_goes_on_to_the_same_bytes(world, policy, tmp_path):
     assert output.read_bytes() == (whole / "out.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("more", [[], ["--keep_all"]])
+def test_many_answers_are_drawn_in_blocks_to_the_same_bytes(world, policy, tmp_path, monkeypatch, more):
+    drawn, draw = [], Voice.draw
+
+    def drawing(self, prompt, seeds, *rest, **options):
+        drawn.append(len(seeds))
+        return draw(self, prompt, seeds, *rest, **options)
+
+    monkeypatch.setattr(Voice, "draw", drawing)
+    for name, size, counts in (("whole", 1024, [210]), ("parts", 64, [64, 64, 82])):
+        monkeypatch.setattr(best_of_command, "BLOCK", size)
+        drawn.clear()
+        (tmp_path / name).mkdir()
+        run(world, policy, tmp_path / name, ROWS[:2], *more, n=210)
+        assert drawn == counts * 2
+    whole, parts = ((tmp_path / name / "out.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    assert json.loads(whole.splitlines()[0])["best_of"]["n"] == 210
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 127, 128, 129, 1000, 4096])
+def test_blocks_are_all_answers_in_order_and_none_too_small_to_be_drawn_alike(n):
+    found = list(best_of_command.blocks(n, 256))
+    assert [number for one in found for number in one] == list(range(n))
+    assert max(map(len, found)) < 256 + AT_ONCE
+    assert min(map(len, found)) >= min(n, AT_ONCE)
+    assert all(one.start % AT_ONCE == 0 for one in found)
+
+
+def test_rows_and_answers_that_are_done_are_told(world, policy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(best_of_command, "BLOCK", 64)
+    monkeypatch.setattr(best_of_command, "PATIENCE", 0.0)
+    monkeypatch.setattr(events, "EVERY", 0.0)
+    monkeypatch.setattr("helpsteer_rloo.display.live._SECONDS", {"plain": 0.0})
+    heard = []
+    with subscribed(heard.append):
+        run(world, policy, tmp_path, ROWS, n=130)
+    told = [event for event in heard if isinstance(event, Progressed) and not event.ended]
+    rows = [(event.step, event.steps, event.unit) for event in told if event.task == "answering"]
+    assert rows == [(number, 5, "rows") for number in range(6)]
+    answers = [(event.step, event.steps) for event in told if event.task == "row 2"]
+    assert answers == [(0, 130), (64, 130), (130, 130)]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(text.startswith("> answering 1/5 rows, 20%, row 2 64/130 answers, 49%, ") for text in lines)
+    heard.clear()
+    content = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(content[:3]))
+    with subscribed(heard.append):
+        run(world, policy, tmp_path, ROWS, n=130)
+    assert heard[0] == Progressed("answering", 3, 5, "rows")
+
+
 def test_rows_of_helpsteer3_bad_rows_and_prompts_that_are_too_long(world, policy, tmp_path, capsys):
     whole = make_row("Name &lt;a&gt; tree.", response1="elm", response2="ash")
     alone = {"context": whole["context"]}
@@ -184,6 +240,8 @@ def test_what_cannot_be_is_said(world, policy, tmp_path, capsys):
         ([], "--input is missing"),
         (["few", source, *flags], "--n: expected int"),
         (["0", source, *flags], "--n is 0; expected at least 1"),
+        (["2000000", source, *flags], "--n is 2000000; expected at most 1000000: time grows with n, and what choosing"),
+        (["10001", source, *flags, "--keep_all"], "expected --n 10000 at most with it, not 10001"),
         (["2", source, *flags, "--batch_size=0"], "--batch_size is 0"),
         (["2", source, *flags, "--temperature=0"], "--temperature is 0; expected more than 0"),
         (["2", source, *flags, "--top_p=2"], "--top_p is 2.0"),
@@ -192,11 +250,14 @@ def test_what_cannot_be_is_said(world, policy, tmp_path, capsys):
         (["2", source, *flags, f"--policy_dir={tmp_path}"], "neither a policy of this project"),
         (
             ["2", source, *flags, f"--policy_dir={moved}"],
-            f"stands on, {tmp_path / 'gone'}, is not there. Put",
+            f"stands on, {tmp_path / 'gone'}, is not there, nor beside it. Put",
         ),
-        (["2", source, f"--policy_dir={policy}", f"--output={tmp_path / 'o.jsonl'}"], "--reward_model_dir is missing"),
+        (
+            ["2", source, f"--policy_dir={policy}", f"--output={tmp_path / 'o.jsonl'}"],
+            "models/rm, is not there, nor beside the policy: say by --reward_model_dir where it is now",
+        ),
         (["2", str(tmp_path / "none"), *flags], "no such file"),
-        (["2", source, *flags, "--reward_model_dir=none"], "--reward_model_dir is missing"),
+        (["2", source, *flags, "--reward_model_dir=none"], "models/rm, is not there, nor beside the policy"),
     ):
         with pytest.raises(SystemExit):
             cli.best_of(argv)

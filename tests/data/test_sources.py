@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from helpsteer_rloo import hub
 from helpsteer_rloo.data import sources
 from helpsteer_rloo.data.helpsteer3 import load_corpus
 from helpsteer_rloo.data.sources import BadRowError, RowFile, content_digest, locate, read_rows
@@ -275,7 +276,8 @@ def test_a_pipe_is_refused_where_rows_are_read_more_than_once(tmp_path):
 
 @pytest.fixture(autouse=True)
 def hub_that_answers(monkeypatch):
-    monkeypatch.setattr(sources, "absence", lambda *args: None)
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "absence", lambda *args: None)
 
 
 def test_a_hub_that_does_not_answer_is_said_to_be_away_with_the_reason(tmp_path, monkeypatch):
@@ -284,7 +286,8 @@ def test_a_hub_that_does_not_answer_is_said_to_be_away_with_the_reason(tmp_path,
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "absence", lambda *args: "ConnectError: Name or service not known")
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "absence", lambda *args: "ConnectError: Name or service not known")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(ValueError, match="from the hub: ConnectError: Name or service not known\n"):
         locate(DataKnobs())
@@ -321,6 +324,8 @@ def test_a_data_set_of_the_hub_is_fetched_by_subset_and_revision(tmp_path, monke
 
     def fetch(name, **kwargs):
         asked.update(kwargs, name=name)
+        if kwargs.get("dry_run"):
+            return []
         write_jsonl(tmp_path / "snapshot" / "pairs" / "train.jsonl.gz", [make_row("t")])
         write_jsonl(tmp_path / "snapshot" / "pairs" / "validation.jsonl.gz", [make_row("v")])
         return str(tmp_path / "snapshot")
@@ -330,13 +335,17 @@ def test_a_data_set_of_the_hub_is_fetched_by_subset_and_revision(tmp_path, monke
     corpus = load_corpus(DataKnobs(dataset_name="owner/name", dataset_subset="pairs", dataset_revision="abc"))
     assert (asked["name"], asked["repo_type"], asked["revision"]) == ("owner/name", "dataset", "abc")
     assert asked["allow_patterns"] == ["pairs/*.jsonl", "pairs/*.jsonl.gz", "pairs/*.parquet"]
-    assert asked["local_files_only"] is False
+    assert "local_files_only" not in asked
     assert [len(corpus.groups[split]) for split in ("train", "validation")] == [1, 1]
 
 
 def test_a_data_set_of_the_hub_without_the_subset_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: str(tmp_path / "never_made"))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **kwargs: [] if kwargs.get("dry_run") else str(tmp_path / "never_made"),
+    )
     with pytest.raises(ValueError, match="no file of rows here") as caught:
         locate(DataKnobs(dataset_name="owner/name", dataset_subset="pairs"))
     assert f"{tmp_path}/never_made/pairs, {tmp_path}/never_made/data, " in str(caught.value)
@@ -375,3 +384,17 @@ def test_the_digest_changes_when_rows_move_to_another_split(tmp_path):
         write_jsonl(tmp_path / name / "train.jsonl", train)
         write_jsonl(tmp_path / name / "validation.jsonl", validation)
     assert digest_of(tmp_path / "one") != digest_of(tmp_path / "two")
+
+
+def test_rows_are_counted_without_being_read(tmp_path):
+    rows = some_rows()
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert sources.row_count(RowFile(write_jsonl(tmp_path / name, rows), None)) == len(rows)
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert sources.row_count(RowFile(tmp_path / "a.parquet", None)) == len(rows)
+    (tmp_path / "b.jsonl").write_bytes(b"{}\n\n  \n{}\nnot json")
+    assert sources.row_count(RowFile(tmp_path / "b.jsonl", None)) == 3
+    assert len(list(sources.read_rows(RowFile(tmp_path / "b.jsonl", None)))) == 3
+    for name in ("d.jsonl.gz", "d.parquet"):
+        (tmp_path / name).write_bytes(b"damaged")
+        assert sources.row_count(RowFile(tmp_path / name, None)) == 0

@@ -327,6 +327,20 @@ def test_a_block_fits_its_terminal(width):
     assert len(lines) <= {20: 12, 40: 7, 80: 4, 120: 4}[width]
 
 
+def test_a_download_is_told_of_in_units_of_its_size():
+    state = RunState(0.0)
+    for second in range(4):
+        state.take(Progressed("downloading Qwen/Qwen3-8B", second * 400_000_000, 16_400_000_000, "bytes"), second)
+    text = re.sub(r"[\d.]+ GiB", "GiB", line(state, 3.0))
+    assert text == "downloading Qwen/Qwen3-8B 1.2 of 16.4 GB, 7%, 400 MB/s, 0:38 left, GiB"
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(block(state, 3.0, 80))
+    first = console.export_text().splitlines()[0]
+    assert first.startswith("downloading Qwen/Qwen3-8B ━")
+    assert first.endswith("1.2 of 16.4 GB, 7%")
+    assert record(Progressed("x", 1, 2, "bytes"), state, 3.0)["unit"] == "bytes"
+
+
 def test_between_stages_there_is_no_block():
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(block(RunState(0.0), 1.0, 80))
