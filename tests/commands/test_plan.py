@@ -11,13 +11,14 @@ from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.fitting import refuse_what_cannot_fit
 from helpsteer_rloo.identity import effective_settings
 from helpsteer_rloo.planning import machine
+from helpsteer_rloo.planning.gpus import rate_of
 from helpsteer_rloo.planning.lengths import counted, helpsteer3
 from helpsteer_rloo.planning.machine import Memory, available_memory
 from helpsteer_rloo.planning.needs import needs_of
 from helpsteer_rloo.planning.request import Rig
 from helpsteer_rloo.planning.requesting import request_of_pipeline
 from helpsteer_rloo.planning.shapes import Shape
-from helpsteer_rloo.planning.time import parts_of, rate_of
+from helpsteer_rloo.planning.time import parts_of
 from helpsteer_rloo.processes import launched_sharding
 from helpsteer_rloo.settings.parsing import parse_pipeline
 
