@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from helpsteer_rloo.planning.margin import TOLERANCE, cannot_fit, may_not_fit, worst_of
+from helpsteer_rloo.planning.margin import SAID, cannot_fit, may_not_fit, worst_of
 from helpsteer_rloo.planning.verdict import GIB, advice, described, gib
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from helpsteer_rloo.planning.time import Part
 
 _YEAR = 365 * 86_400
-_TIMES = ((_YEAR, "y"), (86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_TIMES = ((_YEAR, "years"), (86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _MOST_YEARS = 1000
 
 
@@ -94,14 +94,14 @@ def _time(plan: "Plan") -> Table:
     source = plan.rate.source if plan.rate else "no rate is known: give --gpu_name, --tflops or --measure"
     together = sum(part.flops for part in plan.parts)
     unit, name = next((found for found in _FLOP if together >= found[0]), _FLOP[-1])
-    table = _table(f"Work and time ({source})", "stage", "part", "tokens", name, "steps", "time")
-    table.columns[1].justify = "left"
+    table = _table(f"Work and time ({source})", "stage", "part", "tokens", name, "steps", "time", "")
+    table.columns[1].justify = table.columns[-1].justify = "left"
     for part in plan.parts:
         steps = f"{part.steps:,}" if part.steps else ""
-        row = (f"{part.tokens:,.0f}", _digits(part.flops / unit), steps, _duration(part.seconds))
+        row = (f"{part.tokens:,.0f}", _digits(part.flops / unit), steps, *_duration(part.seconds))
         table.add_row(escape(part.stage), escape(part.name), *row)
     table.add_section()
-    table.add_row("all", "", "", _digits(together / unit), "", _all_of(plan.parts))
+    table.add_row("all", "", "", _digits(together / unit), "", *_all_of(plan.parts))
     return table
 
 
@@ -118,27 +118,27 @@ def _digits(value: float) -> str:
     return "< 0.1" if 0 < value < 0.05 else f"{value:,.1f}"
 
 
-def _all_of(parts: "Sequence[Part]") -> str:
+def _all_of(parts: "Sequence[Part]") -> tuple[str, str]:
     seconds = [part.seconds for part in parts if part.seconds is not None]
     return _duration(sum(seconds) if seconds else None)
 
 
-def _duration(seconds: float | None) -> str:
-    """Seconds in the unit that fits, units below each other.
+def _duration(seconds: float | None) -> tuple[str, str]:
+    """Seconds as a number and the unit that fits, each of which has a column.
 
-    >>> _duration(90), _duration(7200), _duration(None), _duration(0.01)
-    ('1.5 min', '2.0 h  ', '', '< 0.1 s  ')
+    >>> _duration(90), _duration(7200), _duration(0.01), _duration(None)
+    (('1.5', 'min'), ('2.0', 'h'), ('< 0.1', 's'), ('', ''))
     """
     if seconds is None:
-        return ""
-    if seconds >= _MOST_YEARS * _YEAR:
-        return f"over {_MOST_YEARS:,} years"
+        return "", ""
+    if seconds > _MOST_YEARS * _YEAR:
+        return f"> {_MOST_YEARS:,}", "years"
     size, name = next((found for found in _TIMES if seconds >= found[0]), _TIMES[-1])
-    return f"{_digits(seconds / size)} {name:3}"
+    return _digits(seconds / size), name
 
 
 def _room(plan: "Plan") -> Table:
-    title = f"The largest value of each setting that fits with {TOLERANCE:.0%} to spare, the others as they are"
+    title = f"The largest value of each setting, the others as they are, with {SAID} to spare"
     table = _table(title, "flag", "now", "largest")
     for room in plan.room:
         largest = "none" if room.largest is None else f"{room.largest:,}{' or more' if room.capped else ''}"
@@ -156,7 +156,7 @@ def verdict_lines(plan: "Plan") -> list[str]:
     said = f"{described(worst)}; there are {gib(plan.limit)} GiB ({plan.memory})."
     if not may_not_fit([worst], plan.limit):
         return [*lines, f"It fits: {said}"]
-    off = f"A prediction may be off by {TOLERANCE:.0%}."
+    off = f"A prediction may be off by {SAID}."
     if worst.worst.total <= plan.limit:
         return [*lines, f"It fits, barely: {said} {off}", advice(plan.remedies, None)]
     refused = "The pipeline refuses to start (--force)." if cannot_fit([worst], plan.limit) else off

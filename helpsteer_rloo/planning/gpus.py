@@ -44,7 +44,8 @@ UTILISATION, READING = 0.4, 0.6
 def rate_of(name: str) -> Rate:
     """What a GPU of the table is assumed to reach."""
     gpu = GPUS[name]
-    source = f"{name}: {UTILISATION:.0%} of {gpu.half:g} TFLOP/s, {READING:.0%} of {gpu.bandwidth:g} GB/s (assumed)"
+    shares = (f"{100 * share:.0f} % of" for share in (UTILISATION, READING))
+    source = f"{name}: {next(shares)} {gpu.half:g} TFLOP/s, {next(shares)} {gpu.bandwidth:g} GB/s, assumed"
     half, single = UTILISATION * gpu.half * TERA, UTILISATION * gpu.single * TERA
     return Rate(half, single, READING * gpu.bandwidth * GIGA, source)
 

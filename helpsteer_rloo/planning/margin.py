@@ -6,6 +6,8 @@ from helpsteer_rloo.planning.needs import Need
 
 TOLERANCE = 0.15
 """How far a prediction may be off: what is over a limit by more is refused, and what fits has so much to spare."""
+SAID = f"{100 * TOLERANCE:.0f} %"
+"""The same in words."""
 
 
 def worst_of(needs: Sequence[Need]) -> Need:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from helpsteer_rloo.planning.margin import TOLERANCE, worst_of
+from helpsteer_rloo.planning.margin import SAID, worst_of
 from helpsteer_rloo.planning.needs import Need
 from helpsteer_rloo.planning.search import Remedy
 
@@ -43,7 +43,7 @@ def flags_of(remedy: Remedy, prefix: str | None) -> str:
     return " ".join(f"--{name.removeprefix(before)} {value}" for name, value in remedy.flags)
 
 
-_TO_SPARE = f" with the {TOLERANCE:.0%} to spare that a prediction may be off"
+_TO_SPARE = f" with the {SAID} to spare that a prediction may be off"
 _OF_THE_LAUNCHER = ("gpus", "sharding")
 _LAUNCHED = {
     "fsdp": "FSDP2 (configs/accelerate/fsdp2.yaml)",

@@ -103,8 +103,11 @@ def test_a_model_of_the_hub_that_cannot_be_reached_is_refused_with_what_to_give(
         raise OSError("no network")
 
     monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: None)
+    monkeypatch.setattr("helpsteer_rloo.planning.shapes.refusal", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    with pytest.raises(ValueError, match=r"(?s)'some/model' are not known.*no network.*--model_name_or_path"):
+    with pytest.raises(
+        ValueError, match=r"'some/model' are not known.*cannot be had \(OSError\).*--model_name_or_path"
+    ):
         shape_of("some/model")
 
 
@@ -117,7 +120,7 @@ def test_a_hub_that_is_away_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: "ConnectError: away")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
-    with pytest.raises(ValueError, match="ConnectError: away"):
+    with pytest.raises(ValueError, match=r"the hub cannot be reached \(ConnectError\)"):
         shape_of("some/model")
     assert asked == [True]
 
