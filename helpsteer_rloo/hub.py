@@ -15,15 +15,16 @@ def refusal(name: str, revision: str | None = None, repo_type: str = "model") ->
     found = _failure(name, revision, repo_type)
     if isinstance(found, errors.GatedRepoError):  # which is a RepositoryNotFoundError, too
         return "the hub gives it to those alone who were granted access: ask for it on its page, and log in"
-    if isinstance(found, errors.RepositoryNotFoundError):
-        return f"the hub has no {repo_type} of that name, or it is private"
     if isinstance(found, errors.RevisionNotFoundError):
         return f"the hub has no revision {revision!r} of it"
     if isinstance(found, errors.HFValidationError):
         return "the hub has no such names"
-    if isinstance(found, errors.HfHubHTTPError):
-        return f"the hub answers with status {found.response.status_code}"
-    return None
+    if not isinstance(found, errors.HfHubHTTPError):
+        return None
+    status = found.response.status_code
+    if isinstance(found, errors.RepositoryNotFoundError) or status in (401, 404):
+        return f"the hub has no {repo_type} of that name, or it is private"
+    return f"the hub answers with status {status}"
 
 
 def _failure(name: str, revision: str | None, repo_type: str) -> Exception | None:

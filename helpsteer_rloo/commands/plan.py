@@ -13,7 +13,6 @@ from helpsteer_rloo.settings.knobs import PlanKnobs
 from helpsteer_rloo.settings.parsing import parse_pipeline
 
 if TYPE_CHECKING:
-    from helpsteer_rloo.planning.gpus import Gpu
     from helpsteer_rloo.planning.lengths import Corpus
     from helpsteer_rloo.planning.needs import Need
     from helpsteer_rloo.planning.request import Request
@@ -92,39 +91,42 @@ def plan_of(settings: PipelineSettings) -> Plan:
 
 def _memory(own: PlanKnobs, *, use_cpu: bool) -> tuple[float | None, str, bool]:
     """Bytes for a process, of what, and whether that is the memory of a CPU."""
+    from helpsteer_rloo.planning.gpus import GPUS
     from helpsteer_rloo.planning.machine import memory_here
 
-    gpu = _gpu(own)
+    name = _gpu(own)
     if own.gpu_memory_gb is not None:
         return own.gpu_memory_gb * 2**30, f"a GPU of {own.gpu_memory_gb:g} GiB", False
-    if gpu is not None:
-        return gpu.memory * 2**30, f"what a program has of the {gpu.size} GB of a GPU: {own.gpu_name}", False
+    if name is not None:
+        gpu = GPUS[name]
+        return gpu.memory * 2**30, f"what a program has of the {gpu.size} GB of a GPU: {name}", False
     if own.gpus > 1 or own.tflops is not None:
         return None, "a GPU", False
     found = memory_here(use_cpu=use_cpu)
     return (None, "this machine", use_cpu) if found is None else (found.bytes, found.what, found.cpu)
 
 
-def _gpu(own: PlanKnobs) -> "Gpu | None":
-    from helpsteer_rloo.planning.gpus import GPUS, known_gpu
+def _gpu(own: PlanKnobs) -> str | None:
+    """The GPU that is planned for by its name in the table, if one is named."""
+    from helpsteer_rloo.planning.gpus import known_gpu
 
-    return None if own.gpu_name is None else GPUS[known_gpu(own.gpu_name)]
+    return None if own.gpu_name is None else known_gpu(own.gpu_name)
 
 
 def _rate(own: PlanKnobs, *, cpu: bool) -> "Rate | None":
-    from helpsteer_rloo.planning.gpus import READING, known_gpu, rate_of
+    from helpsteer_rloo.planning.gpus import GPUS, READING, rate_of
     from helpsteer_rloo.planning.machine import measured_rate
     from helpsteer_rloo.planning.time import GIGA, TERA, Rate
 
+    name = _gpu(own)
     if own.measure:
         return measured_rate(use_cpu=cpu)
     if own.tflops is not None:
-        gpu = _gpu(own)
-        reading = own.bandwidth_gbs or (READING * gpu.bandwidth if gpu else None)
+        reading = own.bandwidth_gbs or (READING * GPUS[name].bandwidth if name else None)
         if reading is None:
             raise ValueError("--tflops needs --bandwidth_gbs beside it: sampling is bound by reading memory.")
         return Rate(own.tflops * TERA, own.tflops * TERA, reading * GIGA, f"{own.tflops:g} TFLOP/s, {reading:g} GB/s")
-    return None if own.gpu_name is None else rate_of(known_gpu(own.gpu_name))
+    return None if name is None else rate_of(name)
 
 
 def _corpus(settings: PipelineSettings, request: "Request") -> "Corpus":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _YEAR = 365 * 86_400
 _TIMES = ((_YEAR, "years"), (86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-_MOST_YEARS = 1000
+_MOST_YEARS, _MOST_SHOWN, _TERA = 1000, 10**9, 1e12
 
 
 def tables(plan: "Plan") -> list[Table]:
@@ -98,7 +98,7 @@ def _time(plan: "Plan") -> Table:
     table.columns[1].justify = table.columns[-1].justify = "left"
     for part in plan.parts:
         steps = f"{part.steps:,}" if part.steps else ""
-        row = (f"{part.tokens:,.0f}", _digits(part.flops / unit), steps, *_duration(part.seconds))
+        row = (_count(part.tokens), _digits(part.flops / unit), steps, *_duration(part.seconds))
         table.add_row(escape(part.stage), escape(part.name), *row)
     table.add_section()
     table.add_row("all", "", "", _digits(together / unit), "", *_all_of(plan.parts))
@@ -112,10 +112,21 @@ _FLOP = tuple((10.0**power, f"{prefix}FLOP") for power, prefix in ((15, "P"), (1
 def _digits(value: float) -> str:
     """A number in a column of them: one digit behind the point.
 
-    >>> _digits(1434.2), _digits(0.01)
-    ('1,434.2', '< 0.1')
+    >>> _digits(1434.2), _digits(0.01), _digits(1e30)
+    ('1,434.2', '< 0.1', '> 1,000,000,000')
     """
+    if value > _MOST_SHOWN:
+        return f"> {_MOST_SHOWN:,}"
     return "< 0.1" if 0 < value < 0.05 else f"{value:,.1f}"
+
+
+def _count(tokens: float) -> str:
+    """Tokens one by one, or so many that nobody will, in millions of millions.
+
+    >>> _count(29_487_500.0), _count(5.084e12)
+    ('29,487,500', '5.1 T')
+    """
+    return f"{tokens:,.0f}" if tokens < _TERA else f"{_digits(tokens / _TERA)} T"
 
 
 def _all_of(parts: "Sequence[Part]") -> tuple[str, str]:

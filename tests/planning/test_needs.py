@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from helpsteer_rloo.commands.plan import parse_plan
 from helpsteer_rloo.pipeline import stage_names
-from helpsteer_rloo.planning.needs import needs_of
+from helpsteer_rloo.planning.memory import Adapter, Net, holes_of_copies
+from helpsteer_rloo.planning.needs import drawings, needs_of
 from helpsteer_rloo.planning.request import Rig, unfinished
 from helpsteer_rloo.planning.requesting import request_of_pipeline, request_of_reward
 from helpsteer_rloo.planning.search import KNOBS, fits, largest, remedies, room_of
-from helpsteer_rloo.planning.shapes import QWEN3
+from helpsteer_rloo.planning.shapes import QWEN3, Shape
 from helpsteer_rloo.settings.config import REWARD, flags_named_of
 from helpsteer_rloo.settings.parsing import parse_command, parse_pipeline
 
@@ -282,3 +283,54 @@ def test_short_rows_on_a_cpu_are_said_to_need_more():
 
     assert len(notes(True, "--max_length=128")) == 2
     assert notes(True, "--max_length=129") == notes(False, "--max_length=128") == []
+
+
+# ---- what watches the policy -----------------------------------------------------------------------------------------
+
+
+def test_a_guard_scores_and_has_its_prompts_sampled_one_by_one():
+    alone, guarded = request("--use_peft"), request("--use_peft", "--guard", "--rloo.watch_steps=25")
+    assert (alone.rloo.watch, alone.rloo.watched_at_once) == (None, 0)
+    assert (guarded.rloo.watch.prompts, guarded.rloo.watch.every, guarded.rloo.watched_at_once) == (128, 25, 8)
+    cache = 36 * 2 * 8 * 128 * 2  # bytes a token: keys and values of 36 layers
+    for found, prompts in ((alone, 2), (guarded, 8)):  # of 8 completions at once, 4 of a prompt, or one
+        sampling = items(found, "RLOO", "sampling")
+        assert sampling["key and value caches"] == cache * (prompts * 512 + 8 * 512)
+
+
+def test_a_watch_samples_itself_where_vllm_samples_rollouts():
+    vllm = replace(request("--use_peft").rloo, vllm=True)
+    assert drawings(vllm) == []
+    watched = replace(request("--use_peft", "--guard").rloo, vllm=True)
+    assert [(drawn.prompts, drawn.rows) for drawn in drawings(watched)] == [(8, 8)]
+
+
+def test_intervals_of_the_watch_are_those_of_checkpoints_unless_they_are_given():
+    every = {
+        argv: request("--use_peft", "--guard", *argv).rloo.watch.every
+        for argv in ((), ("--rloo.save_steps=7",), ("--rloo.save_steps=0.1",), ("--rloo.watch_steps=3",))
+    }
+    assert list(every.values()) == [50, 7, 313, 3]  # a tenth of 3,125 steps, rounded up
+
+
+SMALL_SHAPE = Shape(768, 12, 12, 4, 64, 2048, 16_384, tied=True)
+
+
+def test_what_sampling_leaves_in_the_heap_is_there_in_every_pass_behind_it(monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.planning.requesting.shape_of", lambda *_: SMALL_SHAPE)
+    cpu, gpu = (request("--use_peft", "--rloo.packed_tokens=1024", rig=rig) for rig in (Rig(cpu=True), GPU))
+    phases = {phase.name: phase.items for phase in needs_of(cpu)[2].phases}
+    left = holes_of_copies(Net(SMALL_SHAPE, 4, 4, Adapter(16), cpu=True), 512 + 4 * 512)
+    assert left > 100 * 2**20
+    assert "holes in the heap" not in phases["sampling"]
+    assert phases["reference"]["holes in the heap"] == left
+    assert phases["pass and backward"]["holes in the heap"] > left  # its own besides
+    assert not any("holes in the heap" in phase.items for phase in needs_of(gpu)[2].phases)
+    beyond = replace(cpu, rloo=replace(cpu.rloo, vllm=True))
+    assert "holes in the heap" not in {p.name: p.items for p in needs_of(beyond)[2].phases}["reference"]
+
+
+def test_settings_far_from_any_run_are_planned_in_no_time():
+    found = request("--use_peft", "--rloo_batch_size=1000000000", "--rloo.rloo_k=4")
+    k = next(room for room in room_of(found, 100 * GIB) if room.flag == "rloo.rloo_k")
+    assert k.largest is None or k.largest <= 4096
