@@ -28,7 +28,7 @@ def tables(plan: "Plan") -> list[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if number else "left")
+        table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
     return table
 
 
