@@ -133,8 +133,9 @@ COLUMNS: dict[str, list[Column]] = {
     "plan": [
         _NAME,
         ("measured, GiB", _number("ours", 2**30)),
+        ("all runs", lambda row: ", ".join(f"{peak / 2**30:.2f}" for peak in row["peaks"])),
         ("predicted, GiB", _number("predicted", 2**30)),
-        ("error", _percent("error")),
+        ("error of the worst run", _percent("worst_error")),
         ("worst moment", lambda row: row["worst_phase"]),
     ],
 }

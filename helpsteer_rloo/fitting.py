@@ -71,10 +71,11 @@ def refuse_what_cannot_fit(
     if not is_main_process():
         return
     from helpsteer_rloo.planning.machine import memory_here
+    from helpsteer_rloo.planning.margin import cannot_fit, may_not_fit, worst_of
     from helpsteer_rloo.planning.needs import needs_of
     from helpsteer_rloo.planning.request import Rig, unfinished
     from helpsteer_rloo.planning.search import remedies
-    from helpsteer_rloo.planning.verdict import advice, cannot_fit, described, gib, may_not_fit, worst_of
+    from helpsteer_rloo.planning.verdict import advice, described, gib
 
     memory = memory_here(use_cpu=use_cpu)
     if memory is None:

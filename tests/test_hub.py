@@ -45,11 +45,13 @@ def at(monkeypatch, port):
 
 
 @contextmanager
-def answering(status: int) -> Iterator[int]:
+def answering(status: int, code: str = "") -> Iterator[int]:
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(status)
             self.send_header("Content-Length", "0")
+            if code:
+                self.send_header("X-Error-Code", code)
             self.end_headers()
 
         def log_message(self, *args):

@@ -91,43 +91,42 @@ def plan_of(settings: PipelineSettings) -> Plan:
 
 def _memory(own: PlanKnobs, *, use_cpu: bool) -> tuple[float | None, str, bool]:
     """Bytes for a process, of what, and whether that is the memory of a CPU."""
+    from helpsteer_rloo.planning.gpus import GPUS
     from helpsteer_rloo.planning.machine import memory_here
 
-    gpu = _gpu(own)
-    given = own.gpu_memory_gb or (gpu.memory if gpu else None)
-    if given is not None:
-        return given * 2**30, f"a GPU of {given:g} GiB", False
+    name = _gpu(own)
+    if own.gpu_memory_gb is not None:
+        return own.gpu_memory_gb * 2**30, f"a GPU of {own.gpu_memory_gb:g} GiB", False
+    if name is not None:
+        gpu = GPUS[name]
+        return gpu.memory * 2**30, f"what a program has of the {gpu.size} GB of a GPU: {name}", False
     if own.gpus > 1 or own.tflops is not None:
         return None, "a GPU", False
     found = memory_here(use_cpu=use_cpu)
     return (None, "this machine", use_cpu) if found is None else (found.bytes, found.what, found.cpu)
 
 
-def _gpu(own: PlanKnobs) -> Any:
-    from helpsteer_rloo.planning.time import GPUS
-    from helpsteer_rloo.settings.flags import unknown_name
+def _gpu(own: PlanKnobs) -> str | None:
+    """The GPU that is planned for by its name in the table, if one is named."""
+    from helpsteer_rloo.planning.gpus import known_gpu
 
-    if own.gpu_name is None:
-        return None
-    if own.gpu_name.lower() not in GPUS:
-        known = f"known are {', '.join(GPUS)}; or give --gpu_memory_gb, --tflops and --bandwidth_gbs."
-        raise ValueError(f"--gpu_name: {unknown_name(own.gpu_name.lower(), GPUS, 'GPU')} Of these {known}")
-    return GPUS[own.gpu_name.lower()]
+    return None if own.gpu_name is None else known_gpu(own.gpu_name)
 
 
 def _rate(own: PlanKnobs, *, cpu: bool) -> "Rate | None":
+    from helpsteer_rloo.planning.gpus import GPUS, READING, rate_of
     from helpsteer_rloo.planning.machine import measured_rate
-    from helpsteer_rloo.planning.time import GIGA, READING, TERA, Rate, rate_of
+    from helpsteer_rloo.planning.time import GIGA, TERA, Rate
 
+    name = _gpu(own)
     if own.measure:
         return measured_rate(use_cpu=cpu)
     if own.tflops is not None:
-        gpu = _gpu(own)
-        reading = own.bandwidth_gbs or (READING * gpu.bandwidth if gpu else None)
+        reading = own.bandwidth_gbs or (READING * GPUS[name].bandwidth if name else None)
         if reading is None:
             raise ValueError("--tflops needs --bandwidth_gbs beside it: sampling is bound by reading memory.")
         return Rate(own.tflops * TERA, own.tflops * TERA, reading * GIGA, f"{own.tflops:g} TFLOP/s, {reading:g} GB/s")
-    return rate_of(own.gpu_name.lower()) if own.gpu_name and _gpu(own) else None
+    return None if name is None else rate_of(name)
 
 
 def _corpus(settings: PipelineSettings, request: "Request") -> "Corpus":
@@ -146,7 +145,7 @@ def _corpus(settings: PipelineSettings, request: "Request") -> "Corpus":
 
 def described(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON document; bytes are those of one process, operations and seconds of all."""
-    from helpsteer_rloo.planning.verdict import cannot_fit, may_not_fit
+    from helpsteer_rloo.planning.margin import TOLERANCE, cannot_fit, may_not_fit
 
     limit = plan.limit
     fits = None if limit is None else all(need.worst.total <= limit for need in plan.needs)
@@ -154,6 +153,7 @@ def described(plan: Plan) -> dict[str, Any]:
         "memory": {"bytes": limit, "of": plan.memory},
         "fits": fits,
         "refused_by_the_pipeline": limit is not None and cannot_fit(plan.needs, limit),
+        "tolerance": TOLERANCE,
         "near_the_limit": limit is not None and may_not_fit(plan.needs, limit) and not cannot_fit(plan.needs, limit),
         "processes": plan.request.rig.processes,
         "sharding": plan.request.rig.sharding,

@@ -90,12 +90,14 @@ def rows_per_prompt(prompts: int, rng: np.random.Generator) -> list[int]:
 class Corpus:
     """Preferences as a plan counts them: pairs, what all of them are in packed rows, and the mean prompt of RLOO.
 
-    `source` says where the lengths come from.
+    `prompts` is how many the pairs of training have, `prompt` the tokens of the mean one; `source` says where the
+    lengths come from.
     """
 
     pairs: float
     heldout_pairs: float
     work_a_pair: Work
+    prompts: float
     prompt: float
     source: str
 
@@ -167,4 +169,5 @@ def _corpus(
         for p, a, b, count in zip(kept.tolist(), first.tolist(), second.tolist(), rows.tolist(), strict=True)
     ]
     everything = sum(groups, Work()) * (1 / float(rows.sum()))
-    return Corpus(pairs[0], pairs[1], everything, float(np.minimum(prompt, room).mean()), source)
+    prompts, mean_prompt = pairs[0] / float(rows.mean()), float(np.minimum(prompt, room).mean())
+    return Corpus(*pairs, work_a_pair=everything, prompts=prompts, prompt=mean_prompt, source=source)

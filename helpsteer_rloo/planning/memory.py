@@ -18,6 +18,8 @@ FLOAT32 = 4
 """Bytes of sums and exponentials, whatever the model's type."""
 HEAP_BYTES = 32 * 2**20
 """Size from which glibc always gives a freed tensor back to the system."""
+HUGE_PAGE = 2 * 2**20
+"""What the memory of a tensor of that size or more is aligned to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +244,30 @@ def heap_holes(net: Net, tokens: int, *, checkpointing: bool) -> float:
     temporaries = FLOAT32 * (2 * s.queries + 2 * s.keys)
     wide = temporaries + FLOAT32 * s.hidden if net.compute < FLOAT32 else 0
     return within * s.layers * (temporaries // 2 + wide)
+
+
+def joined_linears(shape: Shape) -> dict[tuple[str, ...], int]:
+    """Weights that sampling lays side by side as one, of one layer, and how many they are; others stand alone."""
+    sizes = {name.rpartition(".")[2]: i * o for name, (i, o) in shape.linears().items()}
+    together = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+    return {names: sum(sizes[name] for name in names) for names in together}
+
+
+def holes_of_copies(net: Net, tokens: int) -> float:
+    """On a CPU, what is left of the heap that the copies of weights for sampling were in, in a pass that follows.
+
+    Taken are holes that no hidden states fit into: those of copies that are smaller than hidden states and the
+    alignment to huge pages. In larger ones the pass has its tensors; copies of `HEAP_BYTES` or more leave none.
+
+    Args:
+        net: As it samples.
+        tokens: Of the row of the pass.
+    """
+    if not net.cpu:
+        return 0.0
+    needed = min(HEAP_BYTES, tokens * net.shape.hidden * net.weights + HUGE_PAGE)
+    copies = (size * net.weights for size in joined_linears(net.shape).values())
+    return float(net.shape.layers * sum(size for size in copies if size < needed))
 
 
 # ---- whole passes ---------------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from helpsteer_rloo.planning.memory import (
     PassBytes,
     Row,
     drawing_bytes,
+    holes_of_copies,
     inference_bytes,
+    joined_linears,
     training_bytes,
 )
-from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained
+from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained, named
 from helpsteer_rloo.planning.requesting import judge_of
 from helpsteer_rloo.sizes import MOST_COPIED_BYTES, PASS_TOKENS, ROW_TOKENS, SHORT
 
@@ -27,6 +29,7 @@ LIBRARY_BYTES, CONTEXT_BYTES = 0.08 * 2**30, 0.8 * 2**30
 """Of libraries, kernels and their buffers: on a CPU as measured, on CUDA, whose context it is, assumed."""
 SLACK_CPU, SLACK = 0.02, 0.05
 """Share of tensors that the allocator holds besides: on a CPU as measured, on CUDA assumed."""
+HOLES = "holes in the heap"
 SHORT_ROWS = 2.2
 """On a CPU, how many times what is counted a row of short sequences keeps at most, as measured."""
 
@@ -99,16 +102,24 @@ def rloo_need(stage: RLOOStage, rig: Rig) -> Need:
     others = _beside_the_policy(stage, rig)
     held = _Held(trained, parameters, rig, others)
     between = (held.standing, others, held.whole)
-    rows = rloo_rows(stage, rig)
+    drawn, scored, rows = drawings(stage), scored_row(stage), rloo_rows(stage, rig)
+    sampler = replace(held.net, compute=held.net.weights)  # nothing of it is under autocast
+
+    def left(tokens: int) -> Items:
+        """What sampling has left behind for a pass over a row of so many."""
+        return {HOLES: holes_of_copies(sampler, tokens)} if drawn and copied(sampler) else {}
+
     phases: list[Phase] = []
-    if not stage.vllm:
-        net = replace(held.net, compute=held.net.weights)  # nothing of it is under autocast
-        phases.append(_phase("sampling", rig, *between, sampling_items(net, stage, stage.at_once)))
-    for judge in stage.judges:
-        phases.append(_phase("scores", rig, *between, _scores(judge, scored_row(stage), rig)))
+    if drawn:
+        phases.append(_phase("sampling", rig, *between, _most([sampling_items(sampler, one) for one in drawn])))
+    for judge in stage.scoring:
+        found = _scores(judge, scored, rig)
+        phases.append(_phase(named("scores", judge, stage.scoring), rig, *between, left(scored.tokens), found))
+    longest = left(max(row.tokens for row in rows))
     if stage.reference:
-        phases.append(_phase("reference", rig, *between, _worst([inference_bytes(held.net, row) for row in rows])))
-    phases += held.training(rows, many=stage.completions > stage.k)
+        found = _worst([inference_bytes(held.net, row) for row in rows])
+        phases.append(_phase("reference", rig, *between, longest, found))
+    phases += held.training(rows, many=stage.completions > stage.k, left=longest)
     notes = ("vLLM samples: what it takes is its own setting.",) if stage.vllm else ()
     return Need("RLOO", tuple(phases), (*_notes(trained, rig, stage.longest), *notes))
 
@@ -128,10 +139,25 @@ def rloo_rows(stage: RLOOStage, rig: Rig) -> list[Row]:
 
 def scored_row(stage: RLOOStage) -> Row:
     """The row that a reward model is given: whole groups, or when the policy is watched single completions."""
-    groups = -(-stage.at_once // stage.k)
-    tokens = groups * (stage.prompt + stage.k * stage.response)
-    alone = stage.at_once * (stage.prompt + stage.response) if stage.watched else 0
-    return Row(max(tokens, alone), stage.at_once)
+    tokens = -(-stage.at_once // stage.k) * stage.prompt + stage.at_once * stage.response
+    return Row(max(tokens, stage.watched_at_once * stage.longest), max(stage.at_once, stage.watched_at_once))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What is sampled at once: completions (`rows`) of so many prompts, and the tokens of one of each."""
+
+    prompts: int
+    rows: int
+    prompt: int
+    response: int
+
+
+def drawings(stage: RLOOStage) -> list[Drawn]:
+    """What the embedded sampler takes at once: several completions of each prompt, and where RLOO is watched one."""
+    rollouts = [] if stage.vllm else [(-(-stage.at_once // stage.k), stage.at_once)]
+    alone = [(stage.watched_at_once, stage.watched_at_once)] if stage.watch else []
+    return [Drawn(prompts, rows, stage.prompt, stage.response) for prompts, rows in (*rollouts, *alone)]
 
 
 def evaluation_need(stage: EvaluationStage, rig: Rig) -> Need:
@@ -141,13 +167,15 @@ def evaluation_need(stage: EvaluationStage, rig: Rig) -> Need:
     weights = {"base weights": float(policy.shape.causal_parameters() * policy.weights)}
     one = stage.prompt + stage.response
     row = Row(_filled(max(one, min(PASS_TOKENS, stage.prompts * one)), rig), PASS_TOKENS, PASS_TOKENS)
+    rows = min(stage.at_once, stage.prompts)
     phases = [
-        _phase("sampling", alone, weights, sampling_items(net, stage, min(stage.at_once, stage.prompts))),
+        _phase("sampling", alone, weights, sampling_items(net, Drawn(rows, rows, stage.prompt, stage.response))),
         _phase("log-probabilities", alone, weights, _items(inference_bytes(net, row))),
     ]
     for judge in stage.judges:
         row = Row(stage.at_once * one, stage.at_once)
-        phases.append(_phase("scores", alone, _model(judge), _scores(judge, row, alone)))
+        name = named("scores", judge, stage.judges)
+        phases.append(_phase(name, alone, _model(judge), _scores(judge, row, alone)))
     return Need("evaluation", tuple(phases))
 
 
@@ -215,13 +243,13 @@ class _Held:
         kept = self.net.autocast and self.trained.adapter is None and not self.trained.checkpointing
         return {"weights in half precision": self.parameters * self.trained.compute} if kept else {}
 
-    def training(self, rows: Sequence[Row], *, many: bool) -> tuple[Phase, ...]:
+    def training(self, rows: Sequence[Row], *, many: bool, left: Items | None = None) -> tuple[Phase, ...]:
         """The worst row's pass, and the end of a backward pass, where all gradients exist.
 
         With `many` rows a step, those of earlier rows exist in a pass too, and meet the new ones. (A step of several
-        groups may happen to be one row, and then needs less by its gradients.)
+        groups may happen to be one row, and then needs less by its gradients.) `left` is what sampling has left behind.
         """
-        around = (self.standing, self.others or {}, self.gathered)
+        around = (self.standing, self.others or {}, self.gathered, left or {})
         found = [training_bytes(self.net, row, checkpointing=self.trained.checkpointing) for row in rows]
         before = self.gradients if many or self.trained.adapter is not None else {}
         phases = [_phase("pass and backward", self.rig, *around, before, self.cast, _worst(found))]
@@ -247,7 +275,7 @@ def _beside_the_policy(stage: RLOOStage, rig: Rig) -> Items:
     trained, items = stage.trained, dict[str, float]()
     if stage.reference and trained.adapter is None:
         items["reference model"] = trained.shape.causal_parameters() * trained.weights / rig.weights_over
-    for judge in stage.judges:
+    for judge in stage.scoring:
         for kind, size in _model(judge).items():
             named = "reward models" if kind == "base weights" else kind
             items[named] = items.get(named, 0.0) + (0.0 if judge.shared and kind == "base weights" else size)
@@ -262,17 +290,16 @@ def _scores(judge: Judge, row: Row, rig: Rig) -> Items:
     return _items(inference_bytes(net, Row(_filled(row.tokens, rig), row.read)))
 
 
-def sampling_items(net: Net, stage: RLOOStage | EvaluationStage, rows: int) -> Items:
+def sampling_items(net: Net, drawn: Drawn) -> Items:
     """Caches and the worst moment of sampling: prompts being read, or the end of the longest completions."""
-    s, together = net.shape, stage.k if isinstance(stage, RLOOStage) else max(1, stage.best_of)
-    prompts = -(-rows // together) if isinstance(stage, RLOOStage) else rows
+    s, prompts = net.shape, drawn.prompts
     a_token = s.layers * 2 * s.keys * net.weights
-    reading = Row(min(prompts * stage.prompt, max(ROW_TOKENS, stage.prompt)), prompts)
-    of_prompts, own = prompts * stage.prompt * a_token, rows * stage.response * a_token
+    reading = Row(min(prompts * drawn.prompt, max(ROW_TOKENS, drawn.prompt)), prompts)
+    of_prompts, own = prompts * drawn.prompt * a_token, drawn.rows * drawn.response * a_token
     at_start = {"key and value caches": float(of_prompts), **_items(inference_bytes(net, reading))}
-    moment = own / s.layers + drawing_bytes(net, rows)  # one layer's cache grows at a time
+    moment = own / s.layers + drawing_bytes(net, drawn.rows)  # one layer's cache grows at a time
     at_end = {"key and value caches": float(of_prompts + own), "activations": moment}
-    return {**max(at_start, at_end, key=lambda items: sum(items.values())), "copies for sampling": copied(net)}
+    return {**_most([at_start, at_end]), "copies for sampling": copied(net)}
 
 
 def copied(net: Net) -> float:
@@ -286,17 +313,20 @@ def copied(net: Net) -> float:
         return 0.0
     if net.cpu:
         return float(everything)
-    siblings = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    joined = sum(i * o for name, (i, o) in s.linears().items() if name.rpartition(".")[2] in siblings)
+    joined = sum(size for names, size in joined_linears(s).items() if len(names) > 1)
     return float(joined * s.layers * net.weights)
 
 
 def _items(found: PassBytes) -> Items:
-    return {"activations": found.activations, "vocabulary head": found.head, "holes in the heap": found.holes}
+    return {"activations": found.activations, "vocabulary head": found.head, HOLES: found.holes}
 
 
 def _worst(found: Sequence[PassBytes]) -> Items:
     return _items(max(found, key=lambda one: one.total))
+
+
+def _most(found: Sequence[Items]) -> Items:
+    return max(found, key=lambda items: sum(items.values()))
 
 
 def _filled(tokens: int, rig: Rig) -> int:

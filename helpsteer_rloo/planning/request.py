@@ -95,7 +95,8 @@ class RewardStage:
 class Judge:
     """A reward model as RLOO and the judgement use it; `shared` if it stands on the policy's own base.
 
-    `base` names the model that it was made from, and `stage` the one that trains it in this run, if one does.
+    `base` names the model that it was made from, and `stage` the one that trains it in this run, if one does. `name`
+    is what it is in RLOO: of several each has its own.
     """
 
     shape: Shape
@@ -104,6 +105,7 @@ class Judge:
     base: str = ""
     stage: str | None = None
     shared: bool = False
+    name: str = "reward model"
 
     def beside(self, policy: Trained) -> "Judge":
         """As it is held in the training of a policy: on its base if both are adapters on the same one."""
@@ -112,13 +114,38 @@ class Judge:
         return dataclasses.replace(self, shared=policy.packed and alike and same)
 
 
+def named(what: str, judge: Judge, judges: Collection[Judge]) -> str:
+    """What a reward model does, which several are told apart by name in."""
+    return what if len(judges) == 1 else f"{what}: {judge.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Measurements of the policy along its training: on so many prompts, and so often.
+
+    There is one before the first optimizer step, one every `every` steps, and one behind the last.
+    """
+
+    prompts: int
+    every: int
+
+    def measurements(self, steps: int) -> int:
+        """How many there are in a run of so many steps.
+
+        >>> Watch(128, 50).measurements(100), Watch(128, 50).measurements(101)
+        (3, 4)
+        """
+        return 1 + -(-steps // self.every)
+
+
 @dataclass(frozen=True, slots=True)
 class RLOOStage:
     """Training of the policy. Lengths are the longest that can occur; counts are of one process.
 
     Attributes:
         trained: The policy.
-        judges: Reward model, further ones of an ensemble, guard.
+        judges: Reward model and further ones of an ensemble; they score every rollout.
+        guard: Scores what is measured along the training, and no rollout.
         reference: Whether KL is used.
         prompt: Tokens of a prompt.
         response: Tokens of a completion.
@@ -128,7 +155,7 @@ class RLOOStage:
         rollouts: In a batch of rollouts.
         forward_batch: Completions that are to be sampled or scored at once.
         packed_tokens: Budget of a row.
-        watched: Whether single completions are scored as well.
+        watch: What is measured along the training, one completion of each prompt; None if nothing is.
         steps: Optimizer steps in all.
         epochs: How often a completion is trained on.
         group: Completions of a prompt, whoever computes them.
@@ -137,6 +164,7 @@ class RLOOStage:
 
     trained: Trained
     judges: tuple[Judge, ...]
+    guard: Judge | None
     reference: bool
     prompt: int
     response: int
@@ -146,7 +174,7 @@ class RLOOStage:
     rollouts: int
     forward_batch: int
     packed_tokens: int
-    watched: bool
+    watch: Watch | None
     steps: int
     epochs: int
     group: int
@@ -158,6 +186,16 @@ class RLOOStage:
         return min(max(self.group, self.forward_batch), self.rollouts)
 
     @property
+    def watched_at_once(self) -> int:
+        """Completions that are sampled or scored at once when the policy is watched, each of a prompt of its own."""
+        return min(max(self.group, self.forward_batch), self.watch.prompts) if self.watch else 0
+
+    @property
+    def scoring(self) -> tuple[Judge, ...]:
+        """All that score in the training, the guard last."""
+        return self.judges if self.guard is None else (*self.judges, self.guard)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence, which is the limit of the reward model."""
         return self.prompt + self.response
@@ -165,7 +203,10 @@ class RLOOStage:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationStage:
-    """Judgement of the policy: the two policies and the reward models, one in memory at a time, on the main process."""
+    """Judgement of the policy, on the main process, with one model in memory at a time.
+
+    `judges` are the reward model, of an ensemble the first, and the guard if there is one.
+    """
 
     policy: Trained
     judges: tuple[Judge, ...]

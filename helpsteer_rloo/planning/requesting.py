@@ -1,12 +1,12 @@
 """From the settings of a run to what is planned of it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from helpsteer_rloo.planning.memory import FLOAT32, Adapter
-from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained
+from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained, Watch
 from helpsteer_rloo.planning.shapes import shape_of
 from helpsteer_rloo.records.reward_model import read_reward_record
 from helpsteer_rloo.run_dir import read_json
@@ -35,16 +35,16 @@ def request_of_pipeline(settings: PipelineSettings, rig: Rig) -> Request:
             m.own.output_dir: stage for m, stage in zip(members, _reward_stages(settings.reward, rig), strict=True)
         }
     if settings.guard is not None:
-        guard = dataclasses.replace(_reward_stage(settings.guard, rig, 1), name="guard")
+        guard = dataclasses.replace(_reward_stage(settings.guard, rig, 1), name=GUARD)
         trained[settings.guard.own.output_dir] = guard
     rewards = tuple(trained.values())
     if own.reward_model_only:
         return Request(rig, rewards)
     longest = _trained_on(settings.rloo) if own.rloo_only else settings.reward.own.max_length
-    rloo = _rloo_stage(settings.rloo, rig, _judges(settings.rloo, trained), longest)
+    rloo = _rloo_stage(settings.rloo, rig, trained, longest)
     evaluation = EvaluationStage(
         policy=rloo.trained,
-        judges=tuple(dataclasses.replace(judge, shared=False) for judge in rloo.judges),
+        judges=judges_of_evaluation(rloo),
         prompts=own.evaluation_prompts,
         prompt=rloo.prompt,
         response=rloo.response,
@@ -69,7 +69,7 @@ def request_of_rloo(settings: Settings[RLOOKnobs], rig: Rig) -> Request:
     Raises:
         ValueError: as `request_of_pipeline`.
     """
-    rloo = _rloo_stage(settings, rig, _judges(settings, {}), _trained_on(settings))
+    rloo = _rloo_stage(settings, rig, {}, _trained_on(settings))
     return Request(rig, rloo=rloo, settled=True)
 
 
@@ -131,7 +131,7 @@ def _reward_stage(settings: Settings[RewardKnobs], rig: Rig, number: int) -> Rew
     batch = int(trl["per_device_train_batch_size"])
     pairs = batch * int(trl["gradient_accumulation_steps"])
     return RewardStage(
-        name="reward model" if number == 1 else f"reward model {number}",
+        name=_numbered(number),
         trained=_trained(settings, rig),
         max_length=settings.own.max_length,
         batch=batch,
@@ -144,14 +144,21 @@ def _reward_stage(settings: Settings[RewardKnobs], rig: Rig, number: int) -> Rew
     )
 
 
-def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: Iterable[Judge], longest: int) -> RLOOStage:
+def _rloo_stage(
+    settings: Settings[RLOOKnobs], rig: Rig, trained_here: Mapping[str, RewardStage], longest: int
+) -> RLOOStage:
     own, trl, trained = settings.own, settings.trl, _trained(settings, rig)
+    steps = own.optimizer_steps(
+        int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"]), rig.processes
+    )
+    judges = [judge.beside(trained) for judge in _judges(settings, trained_here)]
     batch, accumulation = int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"])
     completions = batch * accumulation
     rollouts = completions * own.num_mini_batches
     return RLOOStage(
         trained=trained,
-        judges=tuple(judge.beside(trained) for judge in judges),
+        judges=tuple(judge for judge in judges if judge.name != GUARD),
+        guard=next((judge for judge in judges if judge.name == GUARD), None),
         reference=own.kl_coef > 0,
         prompt=prompt_room(longest, own.response_length),
         response=own.response_length,
@@ -161,8 +168,8 @@ def _rloo_stage(settings: Settings[RLOOKnobs], rig: Rig, judges: Iterable[Judge]
         rollouts=rollouts,
         forward_batch=own.local_rollout_forward_batch_size,
         packed_tokens=_packed_tokens(settings, rig),
-        watched=own.watched,
-        steps=own.optimizer_steps(batch, accumulation, rig.processes),
+        watch=Watch(own.watch_prompts, own.steps_between(trl["save_steps"], steps)) if own.watched else None,
+        steps=steps,
         epochs=own.num_ppo_epochs,
         group=own.rloo_k,
         vllm=bool(trl.get("use_vllm")),
@@ -175,15 +182,27 @@ def judge_of(stage: RewardStage) -> Judge:
     return Judge(model.shape, model.weights, model.adapter, model.name, stage.name)
 
 
+def judges_of_evaluation(rloo: RLOOStage) -> tuple[Judge, ...]:
+    """The reward models that judge a finished policy, each a model of its own."""
+    first = (rloo.judges[0], *([] if rloo.guard is None else [rloo.guard]))
+    return tuple(dataclasses.replace(judge, shared=False) for judge in first)
+
+
+GUARD = "guard"
+
+
 def _judges(settings: Settings[RLOOKnobs], trained: Mapping[str, RewardStage]) -> list[Judge]:
-    """The reward models of an RLOO training: those that the run trains, by directory, and those that it is given."""
+    """The reward models of an RLOO training, the guard last: those that the run trains, by directory, or is given."""
     own = settings.own
-    named = [
-        own.reward_model_path,
-        *own.ensemble_members,
-        *([own.guard_reward_model] if own.guard_reward_model else []),
-    ]
-    return [judge_of(trained[name]) if name in trained else _recorded(name) for name in named]
+    named = {_numbered(number): at for number, at in enumerate([own.reward_model_path, *own.ensemble_members], 1)}
+    if own.guard_reward_model:
+        named[GUARD] = own.guard_reward_model
+    found = {name: judge_of(trained[at]) if at in trained else _recorded(at) for name, at in named.items()}
+    return [dataclasses.replace(judge, name=name) for name, judge in found.items()]
+
+
+def _numbered(number: int) -> str:
+    return "reward model" if number == 1 else f"reward model {number}"
 
 
 def _recorded(directory: str) -> Judge:

@@ -2,16 +2,18 @@
 
 Looked at are values that the commands take. Memory grows with every setting but two, so that a bisection finds the
 largest value: a longer response leaves less room for prompts, and more completions of a prompt need fewer of them at a
-time. For these it finds an end of what fits. What is proposed has been computed to fit.
+time. For these it finds an end of what fits. What is proposed has been computed to fit, with as much of the limit to
+spare as a prediction may be off.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from helpsteer_rloo.planning.margin import may_not_fit, safe
 from helpsteer_rloo.planning.needs import Need, needs_of
-from helpsteer_rloo.planning.request import Request, Trained
-from helpsteer_rloo.planning.requesting import judge_of
+from helpsteer_rloo.planning.request import Judge, Request, Trained
+from helpsteer_rloo.planning.requesting import judge_of, judges_of_evaluation
 from helpsteer_rloo.settings.checks import leaves_room
 
 SMALLEST_LENGTH, SMALLEST_RESPONSE = 64, 32
@@ -93,7 +95,7 @@ def _ks(request: Request) -> Values:
     if request.rloo is None:
         return ()
     rollouts = request.rloo.rollouts
-    dividing = (k for k in range(2, rollouts + 1) if rollouts % k == 0)
+    dividing = (k for k in range(2, min(rollouts, _HIGHEST_ROWS) + 1) if rollouts % k == 0)
     return sorted({*dividing, request.rloo.group})
 
 
@@ -147,7 +149,7 @@ KNOBS = (
         _HIGHEST_ROWS,
     ),
     Knob("rloo.response_length", lambda r: r.rloo.response if r.rloo else None, _with_response, _responses),
-    Knob("rloo.rloo_k", lambda r: r.rloo.group if r.rloo else None, _with_k, _ks),
+    Knob("rloo.rloo_k", lambda r: r.rloo.group if r.rloo else None, _with_k, _ks, _HIGHEST_ROWS),
     Knob("rloo.packed_tokens", _rloo_tokens, _with_packed("rloo"), _tokens(_rloo_tokens), _HIGHEST_LENGTH),
     Knob(
         "rloo.local_rollout_forward_batch_size",
@@ -171,7 +173,7 @@ LOWERED = sorted(KNOBS, key=lambda knob: _LOWERED_LAST.index(knob.flag) if knob.
 
 @dataclass(frozen=True)
 class Room:
-    """A setting, its value, and the largest one that fits with all others as they are; None if none does."""
+    """A setting, its value, and the largest that fits, all others as they are, with a margin; None if none does."""
 
     flag: str
     value: int
@@ -181,8 +183,8 @@ class Room:
 
 
 def fits(request: Request, limit: float) -> bool:
-    """Whether every stage of a run needs no more than so many bytes."""
-    return all(need.worst.total <= limit for need in needs_of(request))
+    """Whether every stage of a run fits into so many bytes even if the prediction is as far off as it may be."""
+    return not may_not_fit(needs_of(request), limit)
 
 
 def largest(holds: Callable[[int], bool], lowest: int, highest: int) -> int | None:
@@ -235,7 +237,7 @@ class Remedy:
 
 
 def remedies(request: Request, limit: float, most: int = 4) -> list[Remedy]:
-    """Changes with which a run fits, the lightest first; none if it fits, or if nothing that is known helps."""
+    """Changes with which a run fits, the lightest first; none if it does, or if nothing that is known helps."""
     if fits(request, limit):
         return []
     found: list[Remedy] = []
@@ -287,8 +289,8 @@ def _lowered(flags: Flags, request: Request, limit: float) -> Remedy | None:
 
 
 def _excess(request: Request, limit: float) -> float:
-    """Bytes that its stages need over a limit."""
-    return sum(max(0.0, need.worst.total - limit) for need in needs_of(request))
+    """Bytes that its stages need over what may be planned with."""
+    return sum(max(0.0, need.worst.total - safe(limit)) for need in needs_of(request))
 
 
 # ---- changes of the models -------------------------------------------------------------------------------------------
@@ -320,12 +322,14 @@ def _for_all(request: Request, change: Callable[[Trained], Trained]) -> Request:
     if rloo is None:
         return replace(request, rewards=rewards)
     policy, trained_here = change(rloo.trained), {stage.name: judge_of(stage) for stage in rewards}
-    alone = tuple(trained_here.get(judge.stage or "", judge) for judge in rloo.judges)
-    rloo = replace(rloo, trained=policy, judges=tuple(judge.beside(policy) for judge in alone))
-    alone = tuple(replace(judge, shared=False) for judge in alone)
-    return replace(
-        request, rewards=rewards, rloo=rloo, evaluation=judged and replace(judged, policy=policy, judges=alone)
-    )
+
+    def changed(judge: Judge) -> Judge:
+        return replace(trained_here.get(judge.stage or "", judge), name=judge.name).beside(policy)
+
+    guard = None if rloo.guard is None else changed(rloo.guard)
+    rloo = replace(rloo, trained=policy, judges=tuple(map(changed, rloo.judges)), guard=guard)
+    judged = judged and replace(judged, policy=policy, judges=judges_of_evaluation(rloo))
+    return replace(request, rewards=rewards, rloo=rloo, evaluation=judged)
 
 
 def _checkpointed(trained: Trained) -> Trained:

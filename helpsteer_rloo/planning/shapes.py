@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.hub import absence
+from helpsteer_rloo.hub import absence, refusal
 from helpsteer_rloo.run_dir import read_text
+from helpsteer_rloo.settings.flags import nearest_name
 
 ARCHITECTURES = ("qwen3", "llama")
 """Model types that the engine's own passes are made for; others go through TRL's, which are not planned."""
@@ -145,18 +146,26 @@ def _shape_in(path: Path) -> Shape:
 
 
 def _fetched(model: str, revision: str | None) -> Path:
+    """The configuration of a model on the hub, or of what was downloaded of it earlier where the hub gives nothing.
+
+    The hub is asked before its own function is, which tries again and again, and tells of every time.
+    """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     away = absence(model, revision)
+    against = refusal(model, revision) if away is None else f"the hub cannot be reached ({away.partition(':')[0]})"
     try:
-        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=away is not None))
+        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=against is not None))
     # A cache without the file and no network are OSErrors, a name that no repository can have a ValueError.
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = away or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, OSError)
+        reason = "it has no config.json" if missing else f"its config.json cannot be had ({type(error).__name__})"
+        nearest = nearest_name(model, QWEN3)
         raise ValueError(
-            f"The dimensions of {model!r} are not known: it is none of {', '.join(QWEN3)}, no directory, and its "
-            f"config.json could not be fetched ({reason}). Give a directory with its config.json: --model_name_or_path."
+            f"The dimensions of {model!r} are not known: it is no directory, none of the models of Qwen3 that are "
+            f"built in, and {against or reason}. {f'Did you mean {nearest!r}? ' if nearest else ''}Give another "
+            "--model_name_or_path, or a directory with its config.json."
         ) from None
 
 

@@ -6,10 +6,20 @@ takes the longer of reading and computing. Completions are counted at full lengt
 them are at the upper end.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from helpsteer_rloo.planning.lengths import Corpus
-from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, RLOOStage, Trained
+from helpsteer_rloo.planning.request import (
+    EvaluationStage,
+    Judge,
+    Request,
+    RewardStage,
+    RLOOStage,
+    Trained,
+    Watch,
+    named,
+)
 from helpsteer_rloo.planning.shapes import Shape, Work, backward_flops, forward_flops, head_flops
 
 TERA, GIGA = 1e12, 1e9
@@ -34,39 +44,6 @@ class Rate:
     def of(self, width: int) -> float:
         """Operations a second on numbers of so many bytes."""
         return self.half if width < 4 else self.single
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A GPU as its maker describes it: dense bf16 and float32 in TFLOP/s, memory in GiB and in GB/s."""
-
-    half: float
-    single: float
-    memory: float
-    bandwidth: float
-
-
-GPUS = {
-    "a100": Gpu(312, 19.5, 80, 2039),
-    "a100-40gb": Gpu(312, 19.5, 40, 1555),
-    "h100": Gpu(989, 67, 80, 3350),
-    "h200": Gpu(989, 67, 141, 4800),
-    "l4": Gpu(121, 30.3, 24, 300),
-    "l40s": Gpu(362, 91.6, 48, 864),
-    "rtx3090": Gpu(71, 35.6, 24, 936),
-    "rtx4090": Gpu(165, 82.6, 24, 1008),
-}
-"""SXM versions where there are two."""
-UTILISATION, READING = 0.4, 0.6
-"""Shares of the makers' figures that are assumed to be reached, of products and of memory."""
-
-
-def rate_of(name: str) -> Rate:
-    """What a GPU of the table is assumed to reach."""
-    gpu = GPUS[name]
-    source = f"{name}: {UTILISATION:.0%} of {gpu.half:g} TFLOP/s, {READING:.0%} of {gpu.bandwidth:g} GB/s (assumed)"
-    half, single = UTILISATION * gpu.half * TERA, UTILISATION * gpu.single * TERA
-    return Rate(half, single, READING * gpu.bandwidth * GIGA, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +108,57 @@ def _rloo(stage: RLOOStage, request: Request, corpus: Corpus, rate: Rate | None)
     trained, processes, shape = stage.trained, request.rig.processes, stage.trained.shape
     batches = -(-stage.steps * stage.completions // (stage.rollouts * stage.epochs))
     completions = batches * stage.rollouts * processes
-    work = Work.of_group(round(corpus.prompt), [stage.response] * stage.k) * (completions / stage.k)
+    work = _sampled(corpus, stage.k, stage.response) * (completions / stage.k)
     predicted = completions * stage.response
     forward = forward_flops(shape, work, _adapter(trained))
     drawing = _Drawing(shape, trained.weights, stage.at_once, round(corpus.prompt), stage.response)
-    parts = [drawing.part("RLOO", completions, completions / stage.k, rate, processes)]
-    for judge in stage.judges:
-        flops = forward_flops(judge.shape, work, _adapter(judge))
-        parts.append(Part("RLOO", "scores", work.tokens, flops, _seconds(flops, judge.weights, rate, processes)))
+    parts = [drawing.part("RLOO", (completions / stage.k, completions), rate, processes, "sampling")]
+    parts += _scores("RLOO", "scores", stage.judges, work, rate, processes)
     if stage.reference:
         flops = forward + head_flops(shape, predicted)
         parts.append(Part("RLOO", "reference", work.tokens, flops, _seconds(flops, trained.compute, rate, processes)))
     flops = step_flops(trained, work, predicted) * stage.epochs
     seconds = _seconds(flops, trained.compute, rate, processes)
-    return [*parts, Part("RLOO", "training", work.tokens * stage.epochs, flops, seconds, stage.steps)]
+    parts.append(Part("RLOO", "training", work.tokens * stage.epochs, flops, seconds, stage.steps))
+    return parts if stage.watch is None else [*parts, *_watch(stage, stage.watch, corpus, rate, processes)]
+
+
+def _sampled(corpus: Corpus, completions: int, response: int) -> Work:
+    """A prompt of mean length with so many completions."""
+    return Work.of_group(round(corpus.prompt), [response] * completions)
+
+
+def _scores(
+    stage: str, name: str, judges: Sequence[Judge], work: Work, rate: Rate | None, processes: int
+) -> Iterator[Part]:
+    """A pass of each reward model, which several are told apart by name in."""
+    for judge in judges:
+        flops = forward_flops(judge.shape, work, _adapter(judge))
+        seconds = _seconds(flops, judge.weights, rate, processes)
+        yield Part(stage, named(name, judge, judges), work.tokens, flops, seconds)
+
+
+def _watch(stage: RLOOStage, watch: Watch, corpus: Corpus, rate: Rate | None, processes: int) -> list[Part]:
+    """The measurements along the training.
+
+    For each of its prompts, which are at most a quarter of all, a completion is sampled, scored by every reward model
+    and by the guard, and given its log-probability under policy and reference.
+    """
+    trained, shape = stage.trained, stage.trained.shape
+    each = max(1, min(watch.prompts, round(corpus.prompts) // 4))
+    prompts = each * watch.measurements(stage.steps)
+    work = _sampled(corpus, 1, stage.response) * prompts
+    rows = min(stage.watched_at_once, each)
+    drawing = _Drawing(shape, trained.weights, rows, round(corpus.prompt), stage.response)
+    passes = 2 * (forward_flops(shape, work, _adapter(trained)) + head_flops(shape, prompts * stage.response))
+    seconds = _seconds(passes, trained.compute, rate, processes)
+    guard = () if stage.guard is None else (stage.guard,)
+    return [
+        drawing.part("RLOO", (prompts, prompts), rate, processes, "watch: sampling"),
+        *_scores("RLOO", "watch: scores", stage.judges, work, rate, processes),
+        *_scores("RLOO", "watch: guard", guard, work, rate, processes),
+        Part("RLOO", "watch: log-probabilities", 2 * work.tokens, passes, seconds),
+    ]
 
 
 @dataclass(frozen=True)
@@ -157,9 +171,12 @@ class _Drawing:
     prompt: int
     response: int
 
-    def part(self, stage: str, completions: float, prompts: float, rate: Rate | None, processes: int) -> Part:
-        """Reading of each prompt, and then a pass over all weights for each token of `rows` completions."""
-        s = self.shape
+    def part(self, stage: str, drawn: tuple[float, float], rate: Rate | None, processes: int, name: str) -> Part:
+        """Reading of each prompt, and then a pass over all weights for each token of `rows` completions.
+
+        `drawn` are prompts and completions.
+        """
+        s, (prompts, completions) = self.shape, drawn
         reading = forward_flops(s, Work.of_group(self.prompt, []) * prompts)
         tokens = completions * self.response
         attended = tokens * (self.prompt + self.response / 2)
@@ -171,19 +188,18 @@ class _Drawing:
             read = (tokens / self.rows) * (held + cache) / rate.reading
             computed = decoding / rate.of(self.weights)
             seconds = (reading / rate.of(self.weights) + max(read, computed)) / processes
-        return Part(stage, "sampling", prompts * self.prompt + tokens, reading + decoding, seconds)
+        return Part(stage, name, prompts * self.prompt + tokens, reading + decoding, seconds)
 
 
 def _evaluation(stage: EvaluationStage, corpus: Corpus, rate: Rate | None) -> list[Part]:
     policy, prompt = stage.policy, round(corpus.prompt)
     answers, each = stage.prompts * (2 + stage.best_of), stage.prompts
     drawing = _Drawing(policy.shape, policy.weights, min(stage.at_once, each), prompt, stage.response)
-    alone = Work.of_group(prompt, [stage.response])
+    alone = _sampled(corpus, 1, stage.response)
     passes = 2 * forward_flops(policy.shape, alone * each, _adapter(policy))
     passes += 2 * head_flops(policy.shape, each * stage.response)
-    scores = sum(forward_flops(judge.shape, alone * answers, _adapter(judge)) for judge in stage.judges)
     return [
-        drawing.part("evaluation", answers, answers, rate, 1),
+        drawing.part("evaluation", (answers, answers), rate, 1, "sampling"),
         Part(
             "evaluation",
             "log-probabilities",
@@ -191,11 +207,5 @@ def _evaluation(stage: EvaluationStage, corpus: Corpus, rate: Rate | None) -> li
             passes,
             _seconds(passes, policy.weights, rate, 1),
         ),
-        Part(
-            "evaluation",
-            "scores",
-            alone.tokens * answers * len(stage.judges),
-            scores,
-            _seconds(scores, policy.weights, rate, 1),
-        ),
+        *_scores("evaluation", "scores", stage.judges, alone * answers, rate, 1),
     ]

@@ -2,28 +2,14 @@
 
 from collections.abc import Sequence
 
+from helpsteer_rloo.planning.margin import SAID, worst_of
 from helpsteer_rloo.planning.needs import Need
 from helpsteer_rloo.planning.search import Remedy
 
-TOLERANCE = 0.15
-"""How far a prediction may be off; what is over by more is refused."""
 GIB = 2**30
+_SHOWN = 0.005
+"""GiB from which two digits behind the point show something."""
 _NAMED_ITEMS = 4
-
-
-def worst_of(needs: Sequence[Need]) -> Need:
-    """The stage that needs most."""
-    return max(needs, key=lambda need: need.worst.total)
-
-
-def cannot_fit(needs: Sequence[Need], limit: float) -> bool:
-    """Whether a stage is over a limit by more than a prediction may be off."""
-    return worst_of(needs).worst.total > (1 + TOLERANCE) * limit
-
-
-def may_not_fit(needs: Sequence[Need], limit: float) -> bool:
-    """Whether a stage is about at a limit."""
-    return worst_of(needs).worst.total > (1 - TOLERANCE) * limit
 
 
 def described(need: Need) -> str:
@@ -37,11 +23,13 @@ def described(need: Need) -> str:
 def gib(size: float) -> str:
     """Bytes as GiB, in few digits.
 
-    >>> gib(25 * 2**30), gib(3 * 2**28)
-    ('25.0', '0.75')
+    >>> gib(25 * 2**30), gib(3 * 2**28), gib(2**20), gib(0)
+    ('25.0', '0.75', '< 0.01', '0')
     """
     value = size / GIB
-    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
+    if 0 < value < _SHOWN:
+        return "< 0.01"
+    return f"{value:,.{0 if value == 0 else 1 if value >= 9.995 else 2}f}"
 
 
 def flags_of(remedy: Remedy, prefix: str | None) -> str:
@@ -55,6 +43,7 @@ def flags_of(remedy: Remedy, prefix: str | None) -> str:
     return " ".join(f"--{name.removeprefix(before)} {value}" for name, value in remedy.flags)
 
 
+_TO_SPARE = f" with the {SAID} to spare that a prediction may be off"
 _OF_THE_LAUNCHER = ("gpus", "sharding")
 _LAUNCHED = {
     "fsdp": "FSDP2 (configs/accelerate/fsdp2.yaml)",
@@ -66,7 +55,7 @@ _LAUNCHED = {
 def advice(found: Sequence[Remedy], prefix: str | None) -> str:
     """What fits instead, in one sentence each; what more GPUs would do is asked of the launcher."""
     if not found:
-        return "No smaller setting that is known here fits: take a smaller model, or more memory."
+        return f"No smaller setting that is known here fits{_TO_SPARE}: take a smaller model, or more memory."
     lines = []
     for remedy in found:
         own = Remedy(tuple(flag for flag in remedy.flags if flag[0] not in _OF_THE_LAUNCHER), remedy.needs)
@@ -74,4 +63,4 @@ def advice(found: Sequence[Remedy], prefix: str | None) -> str:
         parts = [flags_of(own, prefix)] if own.flags else []
         parts += [f"{launcher['gpus']} GPUs with {_LAUNCHED[launcher['sharding']]}"] if "gpus" in launcher else []
         lines.append(f"  {' and '.join(parts)}: {gib(worst_of(remedy.needs).worst.total)} GiB")
-    return "\n".join(["This fits:", *lines])
+    return "\n".join([f"This fits{_TO_SPARE}:", *lines])

@@ -11,7 +11,7 @@ from helpsteer_rloo.records.reward_model import DTYPES
 from helpsteer_rloo.reward_functions import check_reward_weights, load_reward_functions
 from helpsteer_rloo.settings.config import PipelineSettings, Settings, ensemble, flags_named_of
 from helpsteer_rloo.settings.flags import unknown_name
-from helpsteer_rloo.settings.knobs import RewardKnobs, RLOOKnobs
+from helpsteer_rloo.settings.knobs import MOST, MOST_EPOCHS, RewardKnobs, RLOOKnobs
 
 MINIMUM_ROOM = 8
 """A prompt must leave at least 1 / MINIMUM_ROOM of the length limit for the response."""
@@ -51,11 +51,24 @@ def check_training(settings: Settings[Any]) -> None:
         value = settings.trl.get(name)
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"--{name} is {value}; expected more than 0{'' if value <= 0 else ', and finite'}.")
+    _check_bounds(settings.trl)
     for name, value in settings.trl.items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise ValueError(f"--{name} is {value}; expected a finite number.")
     _check_choices(settings.trl)
+
+
+_NO_COUNTS = ("seed", "data_seed")
+
+
+def _check_bounds(trl: Mapping[str, Any]) -> None:
+    """Refuse numbers that are beyond any run, and that arithmetic with them would be, too."""
+    for name, value in trl.items():
+        if isinstance(value, int) and name not in _NO_COUNTS and value > MOST:
+            raise ValueError(f"--{name} is {value}; expected at most {MOST:,}.")
+    if trl.get("num_train_epochs", 1) > MOST_EPOCHS:
+        raise ValueError(f"--num_train_epochs is {trl['num_train_epochs']}; expected at most {MOST_EPOCHS:,}.")
 
 
 def _check_choices(trl: Mapping[str, Any]) -> None:

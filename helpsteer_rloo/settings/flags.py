@@ -292,14 +292,19 @@ def _shared_beginning(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one was probably meant to be, if there is one like it."""
+    candidates = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    return max(candidates, key=lambda candidate: _shared_beginning(name, candidate), default=None)
+
+
 def unknown_name(name: str, known: Iterable[str], what: str) -> str:
     """The message for an unknown name, with the nearest known one.
 
     >>> unknown_name("lora_rank", ["lora_r", "lora_alpha"], "key")
     "unknown key 'lora_rank'; did you mean 'lora_r'?"
     """
-    candidates = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
-    nearest = max(candidates, key=lambda candidate: _shared_beginning(name, candidate), default=None)
+    nearest = nearest_name(name, known)
     return f"unknown {what} {name!r}" + (f"; did you mean {nearest!r}?" if nearest else "")
 
 

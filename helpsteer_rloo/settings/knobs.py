@@ -1,7 +1,7 @@
 """Every knob of the three commands that is our own: dataclasses, defaults, and the checks of their values."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
@@ -12,6 +12,13 @@ LOSSES = ("bt", "margin", "scaled")
 ACTIONS = ("rollback", "stop", "warn")
 PROGRESS = ("auto", "rich", "plain", "json", "quiet")
 SHARDINGS = ("ddp", "fsdp", "zero2", "zero3")
+MOST = 10**9
+"""Of tokens, completions, steps, prompts or anything else that is counted: more is a slip of the keyboard."""
+MOST_EPOCHS = 10**6
+MOST_MODELS = 100
+"""In an ensemble, each of which is a stage of its own."""
+_RIG = {"gpu_memory_gb": (0.01, 10**6), "tflops": (0.001, 10**6), "bandwidth_gbs": (0.001, 10**6), "gpus": (1, 10**5)}
+"""Of a machine: the least and the most that is taken for true."""
 
 
 def _knob(default: Any, help_text: str) -> Any:
@@ -40,6 +47,7 @@ class DataKnobs:
 
     def __post_init__(self) -> None:
         """Check values that no type can check."""
+        _require_countable(self)
         _require(
             self.dataset_name.strip() != "",
             "dataset_name",
@@ -138,6 +146,7 @@ class RewardKnobs(EngineKnobs):
         patience = self.early_stopping_patience
         _require(patience is None or patience >= 1, "early_stopping_patience", patience, "at least 1")
         _require(self.ensemble >= 1, "ensemble", self.ensemble, "at least 1")
+        _require(self.ensemble <= MOST_MODELS, "ensemble", self.ensemble, f"at most {MOST_MODELS}")
         _require(self.half in ("all", "first", "second"), "half", self.half, "all, first or second")
         _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "from 0 to below 0.5")
         if self.engine == "trl":
@@ -243,6 +252,19 @@ class RLOOKnobs(EngineKnobs):
         )
         _require_directory("guard_reward_model", self.guard_reward_model)
 
+    def steps_between(self, save_steps: float, steps: int) -> int:
+        """Optimizer steps between two measurements of the policy, in a run of so many.
+
+        Args:
+            save_steps: Those between two checkpoints; below 1 a share of all steps, as transformers has it.
+            steps: Of the run.
+
+        >>> RLOOKnobs().steps_between(0.3, 100), RLOOKnobs(watch_steps=7).steps_between(50, 100)
+        (30, 7)
+        """
+        every = self.watch_steps or save_steps
+        return math.ceil(every * steps) if every < 1 else int(every)
+
     def optimizer_steps(self, per_device: int, accumulation: int, processes: int) -> int:
         """Optimizer steps in the run: ceil(E / B) · epochs · mini-batches, with B completions a batch of rollouts.
 
@@ -294,6 +316,9 @@ class PipelineKnobs(EngineKnobs):
         if self.rloo_only and self.guard:
             raise ValueError("--rloo_only trains no guard; give the directory of one: --rloo.guard_reward_model.")
         _require(self.evaluation_prompts >= 1, "evaluation_prompts", self.evaluation_prompts, "at least 1")
+        epochs = self.reward_epochs
+        within = epochs is None or 0 < epochs <= MOST_EPOCHS
+        _require(within, "reward_epochs", epochs, f"more than 0 and at most {MOST_EPOCHS:,}")
         _require(self.best_of >= 0, "best_of", self.best_of, "0 or more")
         _require(_stays_inside(self.name), "name", self.name, "a name without .. for a directory inside of runs")
         for name in ("output_dir", "reward_model_dir", "policy_dir", "guard_dir"):
@@ -305,14 +330,16 @@ class PlanKnobs(PipelineKnobs):
     """What the plan takes besides the pipeline's own flags, which it plans for."""
 
     gpu_memory_gb: float | None = _knob(
-        None, "Memory of a GPU, in GiB (default: that of gpu_name; without either, what is free on this machine)."
+        None,
+        "Memory of a GPU that a program can have, in GiB (default: that of gpu_name; without either, what is free on "
+        "this machine).",
     )
     gpus: int = _knob(1, "GPUs, one process each.")
     sharding: str = _knob(
         "ddp",
         "What they share: 'ddp' nothing, 'fsdp' weights, gradients and optimizer; 'zero2' and 'zero3' are DeepSpeed's.",
     )
-    gpu_name: str | None = _knob(None, "GPU of a small table, for memory and rates: a100, h100, l40s, rtx4090, …")
+    gpu_name: str | None = _knob(None, "GPU of a small table, for memory and rates: a100, h100, l40s, 'RTX 4090', …")
     tflops: float | None = _knob(None, "TFLOP/s that a GPU reaches on this work, of any type.")
     bandwidth_gbs: float | None = _knob(None, "GB/s that it reaches reading memory, for sampling; needed with tflops.")
     measure: bool = _knob(False, "Measure the rates of this machine.")
@@ -322,10 +349,9 @@ class PlanKnobs(PipelineKnobs):
     def __post_init__(self) -> None:
         """Check values that no type can check."""
         super().__post_init__()
-        for name in ("gpu_memory_gb", "tflops", "bandwidth_gbs"):
+        for name, (least, most) in _RIG.items():
             value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, value, "more than 0, and finite")
-        _require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
+            _require(value is None or least <= value <= most, name, value, f"from {least} to {most:,}")
         _require(self.sharding in SHARDINGS, "sharding", self.sharding, ", ".join(SHARDINGS))
         _require(self.gpus > 1 or self.sharding == "ddp", "sharding", self.sharding, "more than one of --gpus with it")
         given = [name for name in ("gpu_name", "tflops", "measure") if getattr(self, name)]
@@ -356,6 +382,14 @@ def check_estimators(given: Any, kl_coef: float) -> None:
     if given.engine == "trl":
         _require(place == "reward", "kl_in", place, "reward with --engine trl")
         _require(correction == "none", "importance_correction", correction, "none with --engine trl")
+
+
+def _require_countable(knobs: Any) -> None:
+    """Refuse whole numbers that nothing can be counted by; seeds are no counts."""
+    for knob in fields(knobs):
+        value = getattr(knobs, knob.name)
+        if isinstance(value, int) and knob.name != "seed":
+            _require(value <= MOST, knob.name, value, f"at most {MOST:,}")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

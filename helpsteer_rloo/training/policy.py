@@ -1,6 +1,5 @@
 """Training of the policy: from the flags of `rloo_helpsteer_training.py` to a finished `RLOOTrainer` run."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -112,8 +111,7 @@ def _watch(
     if own.guard_reward_model is not None:
         guard = _scorer(own, own.guard_reward_model, cast(PreTrainedTokenizerBase, trainer.processing_class))
         guard.role = trainer.reward_role(own.guard_reward_model, base, GUARD_ADAPTER)
-    every = own.watch_steps or settings.trl["save_steps"]  # below 1 a share of all steps, as transformers has it
-    steps = math.ceil(every * trainer.args.max_steps) if every < 1 else int(every)
+    steps = own.steps_between(settings.trl["save_steps"], trainer.args.max_steps)
     rules = WatchRules(steps, own.on_alarm, own.max_kl)
     watch = PolicyWatch(trainer, prompts, guard, rules, Path(own.output_dir) / WATCH)
     trainer.add_callback(watch)

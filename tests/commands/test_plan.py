@@ -1,23 +1,27 @@
 """`helpsteer-rloo plan`, and the check of it before a run: tables, the JSON document, refusals, and bad input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from helpsteer_rloo import cli
 from helpsteer_rloo.commands.demo import parse_demo
 from helpsteer_rloo.data.demo import write_rows
+from helpsteer_rloo.display.console import speaking_to
 from helpsteer_rloo.fitting import refuse_what_cannot_fit
 from helpsteer_rloo.identity import effective_settings
 from helpsteer_rloo.planning import machine
+from helpsteer_rloo.planning.gpus import rate_of
 from helpsteer_rloo.planning.lengths import counted, helpsteer3
 from helpsteer_rloo.planning.machine import Memory, available_memory
 from helpsteer_rloo.planning.needs import needs_of
 from helpsteer_rloo.planning.request import Rig
 from helpsteer_rloo.planning.requesting import request_of_pipeline
 from helpsteer_rloo.planning.shapes import Shape
-from helpsteer_rloo.planning.time import parts_of, rate_of
+from helpsteer_rloo.planning.time import parts_of
 from helpsteer_rloo.processes import launched_sharding
 from helpsteer_rloo.settings.parsing import parse_pipeline
 
@@ -67,9 +71,62 @@ def test_the_tables_say_whether_it_fits_and_what_would(capsys):
         assert part in shown or part == "base weights"
     assert "It does not fit: RLOO needs" in shown
     assert "The pipeline refuses to start (--force)." in shown
-    assert "This fits: --use_peft true" in shown
+    assert "This fits with the 15 % to spare that a prediction may be off: --use_peft true" in shown
     cli.plan(["--use_peft", "--gpu_memory_gb=80", "--gpu_name=a100"])
     assert "It fits: RLOO needs" in " ".join(capsys.readouterr().out.split())
+
+
+WIDEST = ["--use_peft", "--guard", "--reward.ensemble=5", "--gpu_name=RTX 4090", "--gpus=2", "--sharding=fsdp"]
+SMALLEST = ["--tflops=0.001", "--bandwidth_gbs=0.001", "--reward_epochs=1e-300", "--gpu_memory_gb=0.01"]
+LARGEST = [
+    "--reward_epochs=1e6", "--total_episodes=1e9", "--evaluation_prompts=1e9", "--best_of=1e9", "--max_length=1e9",
+    "--tflops=0.001", "--bandwidth_gbs=0.001", "--packed_tokens=1e9", "--rloo_batch_size=1e9", "--gpu_memory_gb=1e6",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", [WIDEST, SMALLEST, LARGEST], ids=["widest", "smallest", "largest"])
+def test_tables_fit_on_a_page_and_have_numbers_alone(argv, capsys):
+    with speaking_to(Console(width=100)):
+        cli.plan(argv)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert max(len(line) for line in shown.splitlines() if line and line[0] in "┏┃┡│├└") <= 100
+    assert not re.search(r"\b(inf|nan)\b|-0\.0|\de[+-]\d|\b0\.00\b", shown)
+
+
+def test_work_is_in_the_largest_unit_that_it_has_one_of(capsys, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": "qwen3", **sizes, "head_dim": 16, "intermediate_size": 128, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cli.plan(["--use_peft", "--gpu_memory_gb=24"])
+    assert "PFLOP" in capsys.readouterr().out
+    cli.plan([f"--model_name_or_path={tmp_path}", "--gpu_memory_gb=24", "--total_episodes=16", "--reward_epochs=0.01"])
+    shown = capsys.readouterr().out
+    assert "TFLOP" in shown
+    assert "PFLOP" not in shown
+
+
+def test_about_the_limit_there_is_what_fits_with_a_margin(capsys):
+    argv = ["--use_peft", "--gpu_memory_gb=22"]  # RLOO needs 19.6 GiB, and 15 % of 22 are 3.3
+    cli.plan(argv)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "It fits, barely: RLOO needs 19.6 GiB" in shown
+    assert "A prediction may be off by 15 %. > This fits with the 15 % to spare that a prediction may be off:" in shown
+    found = planned(capsys, *argv)
+    assert (found["fits"], found["near_the_limit"], found["tolerance"]) == (True, True, 0.15)
+    assert found["fitting_changes"]
+    for change in found["fitting_changes"]:
+        assert change["bytes"] <= 0.85 * 22 * GIB
+    for room in found["largest_that_fit"].values():
+        assert room["largest"] is None or room["largest"] < room["now"]
+
+
+def test_a_gpu_by_its_name_has_what_a_program_is_told_and_one_by_its_memory_what_is_given(capsys):
+    named = planned(capsys, "--use_peft", "--gpu_name=NVIDIA H100 80GB HBM3")
+    assert named["memory"]["bytes"] == 79.1 * GIB
+    assert named["memory"]["of"] == "what a program has of the 80 GB of a GPU: h100"
+    assert planned(capsys, "--use_peft", "--gpu_name=h100", "--gpu_memory_gb=80")["memory"]["bytes"] == 80 * GIB
+    assert named["rate"]["half_flops"] == pytest.approx(0.4 * 989e12)
 
 
 def test_without_a_gpu_that_is_named_the_plan_is_for_this_machine(capsys, monkeypatch):
@@ -97,14 +154,29 @@ def test_rates_can_be_given_or_measured(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--gpu_memory_gb=0"], "--gpu_memory_gb is 0.0; expected more than 0"),
-        (["--gpus=0"], "--gpus is 0; expected at least 1"),
+        (["--gpu_memory_gb=0"], "--gpu_memory_gb is 0.0; expected from 0.01 to 1,000,000"),
+        (["--gpus=0"], "--gpus is 0; expected from 1 to 100,000"),
         (["--sharding=other", "--gpus=2"], "--sharding is 'other'; expected ddp, fsdp, zero2, zero3"),
         (["--sharding=fsdp"], "expected more than one of --gpus"),
         (["--tflops=1", "--measure"], "exclude each other"),
         (["--bandwidth_gbs=1"], "--tflops beside it"),
         (["--gpu_memori_gb=3"], "did you mean 'gpu_memory_gb'?"),
         (["--max_length=1"], "expected at least 16"),
+        (["--reward_epochs=1e308"], "--reward_epochs is 1e+308; expected more than 0 and at most 1,000,000"),
+        (["--reward_epochs=nan"], "--reward_epochs is nan; expected more than 0"),
+        (["--reward.num_train_epochs=1e9"], "num_train_epochs is 1000000000.0; expected at most 1,000,000"),
+        (["--gpu_memory_gb=1e300"], "expected from 0.01 to 1,000,000"),
+        (["--gpu_memory_gb=inf"], "--gpu_memory_gb is inf; expected from 0.01 to 1,000,000"),
+        (["--tflops=1e-300", "--bandwidth_gbs=1"], "--tflops is 1e-300; expected from 0.001 to 1,000,000"),
+        (["--tflops=1", "--bandwidth_gbs=nan"], "--bandwidth_gbs is nan; expected from 0.001"),
+        (["--gpus=99999999999999999999"], "--gpus is 99999999999999999999; expected at most 1,000,000,000"),
+        (["--max_length=9999999999"], "--max_length is 9999999999; expected at most 1,000,000,000"),
+        (["--total_episodes=1e30"], "expected at most 1,000,000,000"),
+        (["--evaluation_prompts=1e12"], "--evaluation_prompts is 1000000000000; expected at most 1,000,000,000"),
+        (["--packed_tokens=1e12"], "--packed_tokens is 1000000000000; expected at most"),
+        (["--reward.lora_r=1e12"], "lora_r is 1000000000000; expected at most 1,000,000,000"),
+        (["--rloo_batch_size=1e12"], "--rloo_batch_size is 1000000000000; expected at most"),
+        (["--reward.ensemble=1000"], "ensemble is 1000; expected at most 100"),
     ],
 )
 def test_a_mistake_is_named(argv, says, capsys):
@@ -184,7 +256,7 @@ def test_force_goes_on_and_about_the_limit_there_is_a_warning(monkeypatch, capsy
 
 def test_what_fits_is_named_with_the_flags_of_the_script(monkeypatch):
     here(monkeypatch, 24 * GIB)
-    with pytest.raises(ValueError, match="This fits:") as whole:
+    with pytest.raises(ValueError, match="This fits with the 15 % to spare") as whole:
         refuse_what_cannot_fit(
             lambda rig: request_of_pipeline(parse_pipeline(["--use_peft", "--max_length=30000"]), Rig()),
             use_cpu=False,
@@ -370,3 +442,42 @@ def test_prompts_of_a_run_are_no_longer_where_its_responses_are():
     apart = lengths[:, None] * 2 * lengths
     assert free.attended == pytest.approx(apart.mean() + 1.5 * (lengths**2 + lengths).mean(), rel=0.05)
     assert cut.tokens < free.tokens
+
+
+def test_an_ensemble_scores_every_rollout_and_a_guard_what_is_measured(capsys):
+    argv = ["--use_peft", "--total_episodes=1600", "--reward.ensemble=2", "--guard", "--rloo.watch_steps=30"]
+    found = planned(capsys, *argv, "--gpu_name=a100")
+    parts = {part["part"]: part for part in found["time"] if part["stage"] == "RLOO"}
+    assert list(parts) == [
+        "sampling", "scores: reward model", "scores: reward model 2", "reference", "training", "watch: sampling",
+        "watch: scores: reward model", "watch: scores: reward model 2", "watch: guard", "watch: log-probabilities",
+    ]  # fmt: skip
+    for name in ("scores: reward model", "scores: reward model 2"):
+        assert parts[name]["tokens"] == parts["training"]["tokens"]
+    # of 100 steps at 0, 30, 60, 90 and 100, on 128 prompts with a completion each
+    measured = 5 * 128 * (round(found["lengths"]["prompt_tokens"]) + 512)
+    assert parts["watch: guard"]["tokens"] == parts["watch: sampling"]["tokens"] == measured
+    assert parts["watch: log-probabilities"]["tokens"] == 2 * measured
+    alone = [part["part"] for part in planned(capsys, *argv[:2])["time"] if part["stage"] == "RLOO"]
+    assert alone == ["sampling", "scores", "reference", "training"]
+
+
+def test_of_few_prompts_a_quarter_is_watched():
+    tokens = {part: {"p50": 30.0, "p100": 60.0} for part in ("prompt", "chosen", "rejected")}
+    split = {"pairs": 80, "prompts": 40, "tokens": tokens}
+    corpus = counted({"splits": {"train": split, "validation": split}}, 1024, 512, "data.json")
+    assert corpus.prompts == pytest.approx(40)
+    request = request_of_pipeline(parse_pipeline(["--guard", "--total_episodes=16"]), Rig())
+    guard = next(part for part in parts_of(request, corpus, None) if part.name == "watch: guard")
+    assert guard.tokens == pytest.approx(2 * 10 * (round(corpus.prompt) + 512))
+
+
+def test_lengths_that_cannot_be_read_are_refused_with_what_to_give(monkeypatch, capsys):
+    def no_file(path, advice):
+        raise ValueError(f"{path} is no regular file; {advice}")
+
+    monkeypatch.setattr("helpsteer_rloo.commands.plan.read_json", no_file)
+    with pytest.raises(SystemExit) as ended:
+        cli.plan(["--gpu_memory_gb=24", "--data_json=/dev/zero"])
+    assert ended.value.code == 1
+    assert "error: /dev/zero is no regular file; Give the data.json of a run." in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from dataclasses import replace
 
 import peft
 import pytest
@@ -13,7 +14,15 @@ from benchmarks import models
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.forward import packed_log_probs, packed_scores, prepare_packed, scalar_head
 from helpsteer_rloo.packing import PackedRow
-from helpsteer_rloo.planning.memory import Adapter, Net, Row, inference_bytes, saved_bytes, training_bytes
+from helpsteer_rloo.planning.memory import (
+    Adapter,
+    Net,
+    Row,
+    holes_of_copies,
+    inference_bytes,
+    saved_bytes,
+    training_bytes,
+)
 from helpsteer_rloo.planning.needs import SHORT_ROWS
 from helpsteer_rloo.planning.shapes import QWEN3, Shape
 
@@ -177,3 +186,31 @@ def test_more_tokens_never_need_less(net, tokens, read, predicted, more, checkpo
 def test_checkpointing_never_keeps_more(net, tokens):
     row = Row(tokens, tokens, tokens)
     assert saved_bytes(net, row, checkpointing=True) < saved_bytes(net, row, checkpointing=False)
+
+
+# ---- what sampling leaves in the heap --------------------------------------------------------------------------------
+
+
+WIDE = Shape(768, 12, 12, 4, 64, 2048, 16_384, tied=True)
+TOGETHER, OUTPUT, GATES, DOWN = 768 * 1280, 768 * 768, 768 * 4096, 2048 * 768
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "layer"),
+    [
+        (4, 256, OUTPUT),  # 0.8 MiB of hidden states, and 2 MiB of alignment
+        (4, 1024, TOGETHER + OUTPUT),
+        (4, 2048, TOGETHER + OUTPUT + DOWN),
+        (4, 20_000, TOGETHER + OUTPUT + DOWN + GATES),
+        (2, 1024, TOGETHER + OUTPUT + DOWN),
+    ],
+)
+def test_copies_leave_holes_where_hidden_states_do_not_fit_into_their_room(width, tokens, layer):
+    net = Net(WIDE, width, width, Adapter(16), cpu=True)
+    assert holes_of_copies(net, tokens) == 12 * layer * width
+    assert holes_of_copies(replace(net, cpu=False), tokens) == 0
+
+
+def test_what_the_system_takes_back_leaves_no_holes():
+    """Every copy of a layer of the 8B model has 32 MiB or more, which glibc never has in its heap."""
+    assert holes_of_copies(Net(QWEN3["Qwen/Qwen3-8B"], 2, 2, Adapter(16), cpu=True), 100_000) == 0

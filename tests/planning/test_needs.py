@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from helpsteer_rloo.commands.plan import parse_plan
 from helpsteer_rloo.pipeline import stage_names
-from helpsteer_rloo.planning.needs import needs_of
+from helpsteer_rloo.planning.memory import Adapter, Net, holes_of_copies
+from helpsteer_rloo.planning.needs import drawings, needs_of
 from helpsteer_rloo.planning.request import Rig, unfinished
 from helpsteer_rloo.planning.requesting import request_of_pipeline, request_of_reward
 from helpsteer_rloo.planning.search import KNOBS, fits, largest, remedies, room_of
-from helpsteer_rloo.planning.shapes import QWEN3
+from helpsteer_rloo.planning.shapes import QWEN3, Shape
 from helpsteer_rloo.settings.config import REWARD, flags_named_of
 from helpsteer_rloo.settings.parsing import parse_command, parse_pipeline
 
@@ -55,7 +56,7 @@ def test_reward_models_of_another_kind_are_models_of_their_own():
         held = items(request(*argv), "RLOO", "scores")
         width = 4 if argv == ["--rloo.use_peft"] else 2
         assert held["reward models"] == width * SHAPE.classifier_parameters()
-    guarded = items(request("--use_peft", "--guard"), "RLOO", "scores")
+    guarded = items(request("--use_peft", "--guard"), "RLOO", "scores: guard")
     assert guarded["reward adapters"] == 2 * 4 * SHAPE.lora_parameters(16)
 
 
@@ -99,8 +100,10 @@ def test_what_is_not_planned_is_refused_with_its_name():
 def test_an_ensemble_and_a_guard_are_stages_and_judges():
     found = request("--use_peft", "--reward.ensemble=2", "--guard")
     assert [stage.name for stage in found.rewards] == ["reward model", "reward model 2", "guard"]
-    assert len(found.rloo.judges) == 3
-    assert all(judge.shared for judge in found.rloo.judges)
+    assert [judge.name for judge in found.rloo.judges] == ["reward model", "reward model 2"]
+    assert found.rloo.guard.name == "guard"
+    assert all(judge.shared for judge in found.rloo.scoring)
+    assert [judge.name for judge in found.evaluation.judges] == ["reward model", "guard"]
     assert not any(judge.shared for judge in found.evaluation.judges)
     assert found.rewards[2].half
 
@@ -138,7 +141,7 @@ def test_memory_grows_with_every_setting_but_two(found, knob, place, more):
         assert one.worst.total <= other.worst.total * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("limit", [20 * GIB, 24 * GIB, 40 * GIB])
+@pytest.mark.parametrize("limit", [23.5 * GIB, 28 * GIB, 40 * GIB])
 def test_the_largest_settings_fit_and_larger_ones_do_not(limit):
     found = request("--use_peft")
     knobs = {knob.flag: knob for knob in KNOBS}
@@ -146,6 +149,8 @@ def test_the_largest_settings_fit_and_larger_ones_do_not(limit):
         assert fits(knobs[room.flag].put(found, room.largest), limit)
         assert room.largest >= room.value
         values = knobs[room.flag].values(found)
+        changed = needs_of(knobs[room.flag].put(found, room.largest))
+        assert max(need.worst.total for need in changed) <= 0.85 * limit  # a prediction may be off by 15 %
         following = values[values.index(room.largest) + 1 :][:1]
         assert not any(fits(knobs[room.flag].put(found, value), limit) for value in following)
         assert room.capped == (room.largest == knobs[room.flag].highest)
@@ -164,7 +169,7 @@ def test_what_is_proposed_fits_and_adapters_come_to_one_base():
     assert [need.worst.total for need in found[0].needs] == [need.worst.total for need in needs_of(asked)]
     long = request("--use_peft", "--max_length=8192", "--rloo.response_length=2048")
     for remedy in remedies(long, 24 * GIB):
-        assert max(need.worst.total for need in remedy.needs) <= 24 * GIB
+        assert max(need.worst.total for need in remedy.needs) <= 0.85 * 24 * GIB
     assert remedies(long, 24 * GIB)
 
 
@@ -197,8 +202,8 @@ UNCHECKED = ["--model_name_or_path=Qwen/Qwen3-1.7B", "--max_length=4096", "--rlo
 @pytest.mark.parametrize(
     ("argv", "rig", "limit"),
     [
-        (LONG, GPU, 20),
-        ([*SMALL, "--use_peft"], GPU, 3.15),
+        (LONG, GPU, 23.5),
+        ([*SMALL, "--use_peft"], GPU, 3.7),
         ([*SMALL, "--use_peft", "--rloo_batch_size=16", "--rloo.rloo_k=16"], Rig(cpu=True), 5),
         ([*UNCHECKED, "--use_peft"], GPU, 12),
         ([*UNCHECKED, "--reward.use_peft", "--rloo.optim=adamw_8bit", "--rloo.lora_r=64"], GPU, 14),
@@ -219,7 +224,7 @@ def test_every_remedy_is_a_command_that_needs_what_it_says(argv, rig, limit):
         )
         said = max(need.worst.total for need in remedy.needs)
         assert largest_need([*argv, *given], shared) == pytest.approx(said, rel=1e-9)
-        assert said <= limit * GIB
+        assert said <= 0.85 * limit * GIB
 
 
 def test_every_largest_value_is_one_that_the_command_takes():
@@ -231,7 +236,7 @@ def test_every_largest_value_is_one_that_the_command_takes():
 
 
 def test_several_settings_are_lowered_where_one_is_not_enough():
-    found = remedies(request(*LONG), 19 * GIB)
+    found = remedies(request(*LONG), 22.5 * GIB)
     assert max(len(remedy.flags) for remedy in found) > 1
 
 
@@ -260,8 +265,9 @@ def recorded(directory, base):
 def test_reward_models_that_a_run_is_given_are_judges_beside_its_own(tmp_path):
     first, second = (recorded(tmp_path / name, "Qwen/Qwen3-8B") for name in "ab")
     found = request("--use_peft", f"--rloo.guard_reward_model={first}", f"--rloo.reward_ensemble={second}")
-    assert [judge.stage for judge in found.rloo.judges] == ["reward model", None, None]
-    assert all(judge.shared for judge in found.rloo.judges)
+    assert [judge.stage for judge in found.rloo.scoring] == ["reward model", None, None]
+    assert [judge.name for judge in found.rloo.scoring] == ["reward model", "reward model 2", "guard"]
+    assert all(judge.shared for judge in found.rloo.scoring)
     whole = request(f"--rloo.guard_reward_model={first}")
     adapted = remedies(whole, 30 * GIB)[0]
     assert dict(adapted.flags) == {"use_peft": "true"}
@@ -277,3 +283,54 @@ def test_short_rows_on_a_cpu_are_said_to_need_more():
 
     assert len(notes(True, "--max_length=128")) == 2
     assert notes(True, "--max_length=129") == notes(False, "--max_length=128") == []
+
+
+# ---- what watches the policy -----------------------------------------------------------------------------------------
+
+
+def test_a_guard_scores_and_has_its_prompts_sampled_one_by_one():
+    alone, guarded = request("--use_peft"), request("--use_peft", "--guard", "--rloo.watch_steps=25")
+    assert (alone.rloo.watch, alone.rloo.watched_at_once) == (None, 0)
+    assert (guarded.rloo.watch.prompts, guarded.rloo.watch.every, guarded.rloo.watched_at_once) == (128, 25, 8)
+    cache = 36 * 2 * 8 * 128 * 2  # bytes a token: keys and values of 36 layers
+    for found, prompts in ((alone, 2), (guarded, 8)):  # of 8 completions at once, 4 of a prompt, or one
+        sampling = items(found, "RLOO", "sampling")
+        assert sampling["key and value caches"] == cache * (prompts * 512 + 8 * 512)
+
+
+def test_a_watch_samples_itself_where_vllm_samples_rollouts():
+    vllm = replace(request("--use_peft").rloo, vllm=True)
+    assert drawings(vllm) == []
+    watched = replace(request("--use_peft", "--guard").rloo, vllm=True)
+    assert [(drawn.prompts, drawn.rows) for drawn in drawings(watched)] == [(8, 8)]
+
+
+def test_intervals_of_the_watch_are_those_of_checkpoints_unless_they_are_given():
+    every = {
+        argv: request("--use_peft", "--guard", *argv).rloo.watch.every
+        for argv in ((), ("--rloo.save_steps=7",), ("--rloo.save_steps=0.1",), ("--rloo.watch_steps=3",))
+    }
+    assert list(every.values()) == [50, 7, 313, 3]  # a tenth of 3,125 steps, rounded up
+
+
+SMALL_SHAPE = Shape(768, 12, 12, 4, 64, 2048, 16_384, tied=True)
+
+
+def test_what_sampling_leaves_in_the_heap_is_there_in_every_pass_behind_it(monkeypatch):
+    monkeypatch.setattr("helpsteer_rloo.planning.requesting.shape_of", lambda *_: SMALL_SHAPE)
+    cpu, gpu = (request("--use_peft", "--rloo.packed_tokens=1024", rig=rig) for rig in (Rig(cpu=True), GPU))
+    phases = {phase.name: phase.items for phase in needs_of(cpu)[2].phases}
+    left = holes_of_copies(Net(SMALL_SHAPE, 4, 4, Adapter(16), cpu=True), 512 + 4 * 512)
+    assert left > 100 * 2**20
+    assert "holes in the heap" not in phases["sampling"]
+    assert phases["reference"]["holes in the heap"] == left
+    assert phases["pass and backward"]["holes in the heap"] > left  # its own besides
+    assert not any("holes in the heap" in phase.items for phase in needs_of(gpu)[2].phases)
+    beyond = replace(cpu, rloo=replace(cpu.rloo, vllm=True))
+    assert "holes in the heap" not in {p.name: p.items for p in needs_of(beyond)[2].phases}["reference"]
+
+
+def test_settings_far_from_any_run_are_planned_in_no_time():
+    found = request("--use_peft", "--rloo_batch_size=1000000000", "--rloo.rloo_k=4")
+    k = next(room for room in room_of(found, 100 * GIB) if room.flag == "rloo.rloo_k")
+    assert k.largest is None or k.largest <= 4096

@@ -1,7 +1,9 @@
 """Dimensions, and the counts that follow from them, against transformers' own models and torch's counter."""
 
 import json
+import time
 
+import huggingface_hub.constants
 import peft
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from benchmarks import models
+from helpsteer_rloo.hub import absence
 from helpsteer_rloo.planning.memory import Adapter
 from helpsteer_rloo.planning.request import Trained
 from helpsteer_rloo.planning.shapes import (
@@ -22,6 +25,7 @@ from helpsteer_rloo.planning.shapes import (
     shape_of_config,
 )
 from helpsteer_rloo.planning.time import step_flops
+from tests.test_hub import answering, at
 
 # Weights outside of the embeddings, in billions, as the models' cards give them.
 PUBLISHED = {"0.6B": 0.44, "1.7B": 1.4, "4B": 3.6, "8B": 6.95, "14B": 13.2, "32B": 31.2}
@@ -103,8 +107,11 @@ def test_a_model_of_the_hub_that_cannot_be_reached_is_refused_with_what_to_give(
         raise OSError("no network")
 
     monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: None)
+    monkeypatch.setattr("helpsteer_rloo.planning.shapes.refusal", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    with pytest.raises(ValueError, match=r"(?s)'some/model' are not known.*no network.*--model_name_or_path"):
+    with pytest.raises(
+        ValueError, match=r"'some/model' are not known.*cannot be had \(OSError\).*--model_name_or_path"
+    ):
         shape_of("some/model")
 
 
@@ -117,9 +124,41 @@ def test_a_hub_that_is_away_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: "ConnectError: away")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
-    with pytest.raises(ValueError, match="ConnectError: away"):
+    with pytest.raises(ValueError, match=r"the hub cannot be reached \(ConnectError\)"):
         shape_of("some/model")
     assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (401, "", "the hub has no model of that name, or it is private"),
+        (404, "RepoNotFound", "the hub has no model of that name, or it is private"),
+        (404, "RevisionNotFound", "the hub has no revision None of it"),
+        (403, "GatedRepo", "the hub gives it to those alone who were granted access"),
+        (429, "", "the hub answers with status 429"),
+        (503, "", "the hub answers with status 503"),
+    ],
+)
+def test_what_the_hub_has_against_a_model_is_said_once_and_at_once(status, code, says, monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    absence.cache_clear()
+    begin = time.monotonic()
+    with answering(status, code) as port:
+        at(monkeypatch, port)
+        with pytest.raises(ValueError, match="Give another --model_name_or_path") as raised:
+            shape_of("Qwen/Qwen3-8b")
+    absence.cache_clear()
+    assert time.monotonic() - begin < 5  # the hub's own functions try again for half a minute
+    assert says in str(raised.value)
+    assert "Did you mean 'Qwen/Qwen3-8B'?" in str(raised.value)
+    assert "http" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_that_no_model_can_have_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="the hub has no such names"):
+        shape_of("no/such/model")
 
 
 SHAPE = Shape(64, 2, 4, 2, 16, 128, 512)
