@@ -194,7 +194,7 @@ def _around(values: Sequence[float], *, zero: bool) -> tuple[float, float] | Non
 
 
 def _rows(names: Sequence[str]) -> alt.Y:
-    axis = alt.Axis(title=None, labelLimit=150, ticks=False, domain=False, labelPadding=6)
+    axis = alt.Axis(title=None, labelLimit=125, ticks=False, domain=False, labelPadding=6)
     return alt.Y("r:N", sort=list(dict.fromkeys(names)), axis=axis)
 
 

@@ -45,6 +45,7 @@ T = TypeVar("T")
 MOST_SAMPLES = 5000
 """Of a file, that a page takes; the files have all."""
 _STARTED = ".started.json"
+_STAGE = re.compile(r"[a-z_0-9]{1,40}")
 _REWARD_STAGE = re.compile(r"reward_model(_\d+)?|guard")
 _ORDER = (
     "world", "base", "data", "reward_model", "verification", r"reward_model_\d+(_verification)?",
@@ -164,7 +165,7 @@ class _Reader:
     def planned(self) -> list[str]:
         """The stages that the run was started for, in order; none if it is older than this being written down."""
         names = self.start.get("stages")
-        return [str(name) for name in names] if isinstance(names, list) else []
+        return [name for name in map(str, names) if _STAGE.fullmatch(name)] if isinstance(names, list) else []
 
     @property
     def passed(self) -> list[str] | None:
@@ -228,7 +229,7 @@ class _Reader:
         candidates += [path for one in said if one for path in (Path(str(one)), root.parent / Path(str(one)).name)]
         records = [self.part(functools.partial(read_json, self.run.stage(stage)))]
         records += [self.part(functools.partial(read_json, self.run.stage_started(stage)))]
-        keys = {record.get("key") for record in records if record}
+        keys = [record.get("key") for record in records if record]
         for candidate in candidates:
             marker = self.part(functools.partial(read_json, candidate / STAGE_MARKER))
             if marker and marker.get("stage") == stage and marker.get("key") in keys:

@@ -1,8 +1,9 @@
 """What a run holds, as the report shows it."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from helpsteer_rloo.alarms import Alarm, Watched
 from helpsteer_rloo.statistics import Estimate
@@ -93,12 +94,12 @@ class Log:
     rows: tuple[Mapping[str, Any], ...] = ()
 
     def series(self, name: str) -> tuple[Point, ...]:
-        """The steps at which a metric was logged, with its values; `machine/…` are those of the machine."""
+        """The steps at which a metric was logged, with its finite values; `machine/…` are those of the machine."""
         found: list[Point] = []
         for row in self.rows:
             inner = row.get("machine") if name.startswith("machine/") else row
             value = inner.get(name.removeprefix("machine/")) if isinstance(inner, Mapping) else None
-            if isinstance(value, int | float):
+            if _is_finite(value) and _is_finite(row["step"]):
                 found.append((float(row["step"]), float(value)))
         return tuple(found)
 
@@ -106,6 +107,11 @@ class Log:
     def last_step(self) -> int:
         """The step that was logged last; 0 if none was."""
         return int(self.rows[-1]["step"]) if self.rows else 0
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that a float can hold, which whole ones of a damaged file need not be."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import pytest
 
 from helpsteer_rloo.report.collect import MOST_SAMPLES, collect, distinct_names, find_run
 from helpsteer_rloo.report.readings import LONGEST_TEXT
+from helpsteer_rloo.report.records import Log
 from helpsteer_rloo.report.verdict import verdict
 from helpsteer_rloo.run_dir import RunDir, locked, write_json, write_text
 from tests.report.runs import answers, data_report, finish, heldout, json_text, make_run, mark, policy_log, start
@@ -153,6 +154,19 @@ def test_lines_of_a_log_that_cannot_be_read_are_a_problem_of_a_finished_run(run)
     found = read(run)
     assert found.policy.log.last_step == 5
     assert found.problems[0].startswith("policy/metrics.jsonl, line 2: ")
+
+
+def test_numbers_that_are_none_are_left_out_of_a_log():
+    rows = [{"step": n, "a": value} for n, value in enumerate([1, math.nan, math.inf, 10**400, "x", None, 2.5])]
+    assert Log((*rows, {"step": 10**400, "a": 1.0})).series("a") == ((0.0, 1.0), (6.0, 2.5))
+
+
+@pytest.mark.parametrize("change", [{"stages": ["x" * 500, 3, "../data"]}, {"stages": {"a": 1}}, {"passed": [{}]}])
+def test_a_record_of_nonsense_is_no_more_than_an_unfinished_run(run, change):
+    start(run, stages=PLANNED, passed=PLANNED)
+    write_json(run / "run.json", {**json.loads((run / "run.json").read_text()), **change})
+    write_json(run / "policy" / "stage.json", {"stage": "rloo", "key": {}})
+    assert read(run).problems == ()
 
 
 FILES_OF_A_RUN = [

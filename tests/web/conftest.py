@@ -64,7 +64,7 @@ def strange_file(tmp_path_factory):
     directory = tmp_path_factory.mktemp("strange")
     run = make_run(directory / "a-run-with-a-name-that-is-rather-long", domain="a domain of more words than others")
     log = [
-        {**row, "step": row["step"] * 10**6, "reward": row["reward"] * 1e9, "kl_per_completion": row["step"] * 1e-7}
+        {**row, "step": row["step"] * 247, "reward": row["reward"] * 1e9, "kl_per_completion": row["step"] * 1e-7}
         for row in policy_log()
     ]
     (run / "policy" / "metrics.jsonl").write_text(json_text(log))
@@ -73,7 +73,7 @@ def strange_file(tmp_path_factory):
         side |= {"gold": 1.0, "reward": 123456 + side["reward"]}
     (run / "samples.jsonl").write_text(json_text(rows))
     record = heldout()
-    record["by_length"] = {"from 1 to 1000 tokens": estimate(0.8000005, 0.8000001, 0.8000009)}
+    record["by_length"] = {"from 1 to 1000 tokens of both": estimate(0.8000005, 0.8000001, 0.8000009)}
     record["probes"] = {"repetition": {"change": estimate(-123456.0, -123459.0, 5.0)}}
     write_json(run / "reward_model" / "reward_model.json", {"heldout": record})
     return written(directory, [run, make_run(directory / "another-run-with-a-name-that-is-rather-long")])
