@@ -87,6 +87,7 @@ class TextScreen:
         """Show what there is of an answer; of a long one the end."""
         if self._live is not None:
             self._heard[side] = text
+            self._live.start()  # not before, for a command is not answered
             self._live.update(self._beside([_panel(_NAMES[s], self._end(t), "…") for s, t in self._heard.items()]))
 
     @contextmanager
@@ -96,9 +97,12 @@ class TextScreen:
         if not self._console.is_terminal:
             yield
             return
-        with Live(console=self._console, transient=True, refresh_per_second=8, redirect_stderr=False) as self._live:
+        self._live = Live(console=self._console, transient=True, refresh_per_second=8, redirect_stderr=False)
+        try:
             yield
-        self._live = None
+        finally:
+            self._live.stop()
+            self._live = None
 
     def _end(self, text: str) -> str:
         """The last lines of a text, so that what is drawn stays in sight."""

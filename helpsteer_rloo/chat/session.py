@@ -213,7 +213,7 @@ class Session:
         if path.exists():
             raise ValueError(f"/save {path}: is there already; give another name.")
         write_text(path, "".join(turn.to_line() + "\n" for turn in self.turns))
-        return f"{len(self.turns)} turns are in {path}."
+        return f"{len(self.turns)} turns are in {path}." if len(self.turns) != 1 else f"1 turn is in {path}."
 
     def _quit(self, _: str) -> str:
         self.ended = True

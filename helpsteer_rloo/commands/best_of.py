@@ -41,7 +41,7 @@ _ADDED = ("response", "responses", "ended", "finish_reason", "score", "scores", 
 class BestOfKnobs(PlayKnobs):
     """How many answers to which prompts, and where the best go."""
 
-    n: int = field(default=0, metadata={"help": "Answers drawn for each prompt."})
+    n: int = field(default=0, metadata={"help": "Answers drawn for each prompt.", "needed": True})
     input: str = field(
         default="",
         metadata={
@@ -54,16 +54,17 @@ class BestOfKnobs(PlayKnobs):
     )
     keep_all: bool = field(default=False, metadata={"help": "Write all answers with their scores, not only the best."})
     batch_size: int = field(
-        default=16, metadata={"help": "Prompts that are answered, scored and written together; changes no result."}
+        default=16,
+        metadata={"help": "Prompts that are read and looked at for mistakes together; changes no result."},
     )
     skip_bad_rows: bool = field(default=False, metadata={"help": "Write what is wrong with a row instead of stopping."})
 
 
 BEST_OF = CommandSpec(
     program="helpsteer-rloo best-of",
-    description="The best of N answers to each prompt of a file: helpsteer-rloo best-of N FILE --policy_dir D "
-    "--reward_model_dir R --output OUT.jsonl",
+    description="The best of N answers to each prompt of a file, by a reward model.",
     knobs=BestOfKnobs,
+    usage="N FILE --policy_dir D --output OUT.jsonl [FLAGS]",
 )
 
 

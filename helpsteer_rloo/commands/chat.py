@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from helpsteer_rloo.chat.playing import Play, PlayKnobs, check_play, open_play, policy_of
 from helpsteer_rloo.chat.session import Side
 from helpsteer_rloo.settings.config import CommandSpec, Settings
-from helpsteer_rloo.settings.parsing import parse_command
+from helpsteer_rloo.settings.parsing import named_positions, parse_command
 
 if TYPE_CHECKING:
+    from helpsteer_rloo.chat.partner import ModelPartner
     from helpsteer_rloo.chat.screen import Screen
     from helpsteer_rloo.model.voices import Voice
 
@@ -34,15 +35,16 @@ class ChatKnobs(PlayKnobs):
 
 CHAT = CommandSpec(
     program="helpsteer-rloo chat",
-    description="Talk with a trained policy: helpsteer-rloo chat --policy_dir D. Where standard input is no terminal, "
-    "every line of it is a turn.",
+    description="Talk with a trained policy. Where standard input is no terminal, every line of it is a turn.",
     knobs=ChatKnobs,
+    usage="POLICY_DIR [FLAGS]",
 )
 
 
 def parse_chat(argv: Sequence[str] | None = None) -> Settings[ChatKnobs]:
-    """Read the flags of the command."""
-    return parse_command(CHAT, argv, checks=[lambda settings: check_play(settings.own)])
+    """Read the policy's directory and the flags of the command."""
+    given = named_positions(sys.argv[1:] if argv is None else argv, ["policy_dir"])
+    return parse_command(CHAT, given, checks=[lambda settings: check_play(settings.own)])
 
 
 def run_chat(settings: Settings[ChatKnobs]) -> None:
@@ -53,22 +55,18 @@ def run_chat(settings: Settings[ChatKnobs]) -> None:
     """
     from rich.console import Console
 
-    from helpsteer_rloo.display.streams import draw_no_bars
-
-    if settings.own.jsonl:
-        draw_no_bars()  # before transformers is imported, which asks then
-    from helpsteer_rloo.chat.partner import ModelPartner
     from helpsteer_rloo.chat.screen import JsonScreen, TextScreen, converse, read_lines, typed_lines
     from helpsteer_rloo.chat.session import Session
-    from helpsteer_rloo.model.voices import load_judge
+    from helpsteer_rloo.display.live import loading
 
-    own, play = settings.own, _play(settings.own)
+    own = settings.own
     screen = JsonScreen() if own.jsonl else TextScreen(Console())
-    voices = _voices(own, play, screen)
-    judges = {
-        name: load_judge(directory, play.source, voices["after"], name) for name, directory in play.judges.items()
-    }
-    session = Session(ModelPartner(play, voices, judges, screen), own.system, play.seed, play.temperature)
+    notes: list[str] = []
+    with loading("the models"):
+        play, partner = _load(own, screen, notes)
+    for note in notes:
+        screen.say(note)
+    session = Session(partner, own.system, play.seed, play.temperature)
     for name, directory in play.judges.items():
         screen.say(f"{name}: {directory}")
     if not play.judges:
@@ -77,6 +75,22 @@ def run_chat(settings: Settings[ChatKnobs]) -> None:
     if typed:
         screen.say("Type a turn and Enter; /help lists the commands, Ctrl-D ends.")
     converse(session, screen, typed_lines(screen) if typed else read_lines(), forgiving=typed)
+
+
+def _load(own: ChatKnobs, screen: "Screen", notes: list[str]) -> "tuple[Play, ModelPartner]":
+    """The policy as it is played, and who answers.
+
+    What cannot be used is said before the models' libraries are imported, and what is to be known goes to `notes`.
+    """
+    play = _play(own)
+    from helpsteer_rloo.chat.partner import ModelPartner
+    from helpsteer_rloo.model.voices import load_judge
+
+    voices = _voices(own, play, notes)
+    judges = {
+        name: load_judge(directory, play.source, voices["after"], name) for name, directory in play.judges.items()
+    }
+    return play, ModelPartner(play, voices, judges, screen)
 
 
 def _play(own: ChatKnobs) -> Play:
@@ -88,7 +102,7 @@ def _play(own: ChatKnobs) -> Play:
     return open_play(own, source, {role: (flags[role], directory) for role, directory in judges.items()})
 
 
-def _voices(own: ChatKnobs, play: Play, screen: "Screen") -> "Mapping[Side, Voice]":
+def _voices(own: ChatKnobs, play: Play, notes: list[str]) -> "Mapping[Side, Voice]":
     """The policy, and what it was before if that is asked for, or can be had and nothing was said.
 
     Raises:
@@ -107,5 +121,5 @@ def _voices(own: ChatKnobs, play: Play, screen: "Screen") -> "Mapping[Side, Voic
     except ValueError as error:
         if own.before:
             raise
-        screen.say(f"Without the untrained policy: {error}")
+        notes.append(f"Without the untrained policy: {error}")
     return voices

@@ -44,8 +44,9 @@ class ScoreKnobs:
 
 SCORE = CommandSpec(
     program="helpsteer-rloo score",
-    description="Score the responses of a file: helpsteer-rloo score FILE --reward_model_dir D --output OUT.jsonl",
+    description="Score the responses of a file by a reward model.",
     knobs=ScoreKnobs,
+    usage="FILE --reward_model_dir D --output OUT.jsonl [FLAGS]",
 )
 
 

@@ -23,6 +23,8 @@ class _Output:
 
 _OUTPUT = _Output(Console())
 WIDTH_OF_PROMPT = 48
+_LEAST_OF_PROMPT, _BESIDE_PROMPT = 12, 44
+"""Columns of a prompt at the least, and of scores and frame beside it."""
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal obeys or mirrors text by, all but newlines and tabs; and what cannot be encoded."""
 _WIN_RATES = {
@@ -121,14 +123,15 @@ def _length(percentiles: Mapping[str, float] | None) -> str:
 
 def predictions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Sample predictions of the reward model on held-out pairs."""
+    room = max(_LEAST_OF_PROMPT, min(WIDTH_OF_PROMPT, _OUTPUT.console.width - _BESIDE_PROMPT))
     table = Table(title="Sample predictions on held-out pairs", title_justify="left")
-    table.add_column("prompt")
+    table.add_column("prompt", no_wrap=True)
     for name in ("chosen", "rejected", "margin"):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows:
         prompt = " ".join(str(row["prompt"]).split())
-        prompt = prompt if len(prompt) <= WIDTH_OF_PROMPT else prompt[: WIDTH_OF_PROMPT - 1] + "…"
+        prompt = prompt if len(prompt) <= room else prompt[: room - 1] + "…"
         numbers = [f"{row[name]:+.3f}" for name in ("chosen_score", "rejected_score", "margin")]
         table.add_row(escape(prompt), *numbers, "[green]right[/]" if row["right"] else "[red]wrong[/]")
     return table
@@ -171,7 +174,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
                 value = f"{policy[f'{key}_before']:.3f} -> {policy[f'{key}_after']:.3f}"
                 table.add_row(f"policy: {name}", value, "change " + _interval(policy[f"{key}_change"]["interval"]))
         table.add_row(
-            "policy: KL from the start (nats a completion)", f"{policy['kl']:.2f}", _interval(policy["kl_interval"])
+            "policy: KL from the start (nats a completion)", f"{policy['kl']:z.2f}", _interval(policy["kl_interval"])
         )
         table.add_row("policy: share ending by itself", f"{policy['eos_before']:.3f} -> {policy['eos_after']:.3f}", "")
         table.add_row(
@@ -270,9 +273,9 @@ def _flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _cells(value: Any) -> tuple[str, str]:
     if isinstance(value, Mapping):
-        return f"{value['value']:.3f} ({value['count']})", _interval(value["interval"])
-    return (f"{value:.3f}" if isinstance(value, float) else "" if value in (None, []) else escape(str(value))), ""
+        return f"{value['value']:z.3f} ({value['count']})", _interval(value["interval"])
+    return (f"{value:z.3f}" if isinstance(value, float) else "" if value in (None, []) else escape(str(value))), ""
 
 
 def _interval(bounds: Sequence[float | None]) -> str:
-    return " … ".join("?" if end is None else f"{end:.3f}" for end in bounds)
+    return " … ".join("?" if end is None else f"{end:z.3f}" for end in bounds)

@@ -18,7 +18,7 @@ from rich.live import Live
 from helpsteer_rloo.display.console import say, speaking_to
 from helpsteer_rloo.display.progress import RunState, block, clock, line, record
 from helpsteer_rloo.display.streams import draw_no_bars, lasting
-from helpsteer_rloo.events import Event, Measured, Progressed, StageBegan, StageEnded, subscribed
+from helpsteer_rloo.events import Event, Measured, Progressed, StageBegan, StageEnded, publish, subscribed
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
 
@@ -53,6 +53,15 @@ def shown(
             stack.enter_context(_as_lines(_SECONDS["plain"] if seconds is None else seconds))
         elif mode == "quiet":
             stack.enter_context(speaking_to(Console(), quiet=True))
+        yield
+
+
+@contextmanager
+def loading(what: str) -> Generator[None]:
+    """Within, a terminal shows that something is loaded, and what is downloaded for that; to be entered as `shown`."""
+    draw_no_bars()
+    with shown("auto", otherwise="none"):
+        publish(StageBegan(f"Loading {what}"))
         yield
 
 

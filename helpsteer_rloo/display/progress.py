@@ -188,9 +188,11 @@ def short(value: float) -> str:
 
 
 def stage_title(state: RunState) -> str:
-    """Which stage of how many."""
+    """Which stage of how many; what has no stages calls what it does by a name of its own."""
     if state.stage is None:
         return "Between two stages"
+    if not state.stages:
+        return state.stage
     return f"Stage {state.number}/{len(state.stages)} {state.stage}" if state.number else f"Stage {state.stage}"
 
 

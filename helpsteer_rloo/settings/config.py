@@ -52,6 +52,7 @@ class CommandSpec(Generic[Knobs]):
     trl_defaults: Mapping[str, FlagValue] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    usage: str = "[FLAGS]"
 
     def flag_names(self) -> list[str]:
         """Names of all flags of the command."""

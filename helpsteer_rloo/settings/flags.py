@@ -66,6 +66,16 @@ class Flag:
         """Whether the flag takes a mapping, written as YAML or JSON."""
         return any(part.startswith("dict") for part in self.alternatives())
 
+    @property
+    def takes(self) -> str:
+        """What a value is, as the help has it.
+
+        >>> Flag("report_to", "tuple[str, ...] | None", "", "").takes, Flag("seed", "int | None", "", "").takes
+        ('str', 'int')
+        """
+        parts = [_element(part) or part for part in self.alternatives() if part != "None"]
+        return "|".join(dict.fromkeys(parts))
+
     def from_text(self, text: str) -> FlagValue:
         """One value from the command line.
 
@@ -173,7 +183,8 @@ def own_flags(knobs: type) -> list[Flag]:
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
-    return "" if field.default is dataclasses.MISSING else str(field.default)
+    needed = field.default is dataclasses.MISSING or field.metadata.get("needed", False)
+    return "" if needed else str(field.default)
 
 
 def _annotation(annotation: object) -> str:
@@ -231,13 +242,16 @@ class FlagParser(argparse.ArgumentParser):
         description: str,
         groups: Mapping[str, Sequence[Flag]],
         explain_unknown: Callable[[str, str], str],
+        usage: str = "[FLAGS]",
     ) -> None:
         """Build the parser; `groups` maps a title in the help to the flags under it.
 
-        `explain_unknown` turns a name that is no flag, and what it was written as, into a message.
+        `usage` is what stands behind the program's name. `explain_unknown` turns a name that is no flag, and what it
+        was written as, into a message.
         """
         super().__init__(
             prog=program,
+            usage=f"{program} {usage}",
             description=description,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -278,7 +292,7 @@ def _add_flag(section: Any, flag: Flag) -> None:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    options: dict[str, Any] = {"type": convert, "default": argparse.SUPPRESS, "metavar": flag.annotation}
+    options: dict[str, Any] = {"type": convert, "default": argparse.SUPPRESS, "metavar": flag.takes}
     if flag.is_list():
         options["nargs"] = "+"
     elif flag.is_bool():

@@ -217,7 +217,7 @@ def _stage_settings(
 
 
 def _parser(command: CommandSpec[Any]) -> FlagParser:
-    parser = FlagParser(command.program, command.description, command.flags(), command.explain_unknown)
+    parser = FlagParser(command.program, command.description, command.flags(), command.explain_unknown, command.usage)
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins."
     )

@@ -161,7 +161,7 @@ def test_ctrl_c_stops_an_answer_between_two_tokens(world, policy):
     from helpsteer_rloo.model.voices import load_judge
 
     play = chat_command._play(settings)
-    voices = chat_command._voices(settings, play, JsonScreen())
+    voices = chat_command._voices(settings, play, [])
     judges = {"reward": load_judge(play.judges["reward"], play.source, voices["after"], "reward")}
     before = signal.getsignal(signal.SIGINT)
     for press_at, sides in ((4, ["after"]), (32, ["after", "before"])):
@@ -187,6 +187,19 @@ def cli_settings(*argv):
     from helpsteer_rloo.commands.chat import parse_chat
 
     return parse_chat(list(argv)).own
+
+
+def test_the_policys_directory_may_stand_first(policy):
+    assert cli_settings(str(policy), "--jsonl").policy_dir == cli_settings(f"--policy_dir={policy}").policy_dir
+    assert cli_settings(str(policy), "--jsonl").jsonl
+
+
+def test_a_command_draws_nothing_before_its_answer():
+    shown = io.StringIO()
+    screen = TextScreen(Console(file=shown, force_terminal=True, width=120))
+    session, _, _ = session_of()
+    converse(session, screen, iter(["/seed 4"]), forgiving=True)
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue()) == "The seed is 4.\n"
 
 
 def test_flags_that_cannot_be_are_said(policy, tiny_base, world, tmp_path, capfd, monkeypatch):
@@ -433,7 +446,7 @@ def test_a_conversation_at_a_terminal(policy, world):
         shown.type("half a line\x03")
         seen = shown.until("Ctrl-D or /quit ends.", seen)
         shown.type("/seed 4\n")
-        seen = shown.until("The seed is 4.", seen)
+        seen = shown.until("/seed 4\r\n\x1b[2mThe seed is 4.", seen)  # at once below, without an empty line
         shown.type("/nothing\n")
         seen = shown.until("There is no command /nothing", seen)
         shown.type("Name 2 trees.\n")

@@ -20,7 +20,7 @@ from rich.console import Console
 from helpsteer_rloo import cli, events
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.display import live
-from helpsteer_rloo.display.console import conclude, say, warn
+from helpsteer_rloo.display.console import best_of_table, conclude, predictions_table, say, speaking_to, warn
 from helpsteer_rloo.display.progress import Pace, RunState, block, line, record
 from helpsteer_rloo.events import (
     Measured,
@@ -339,6 +339,38 @@ def test_a_download_is_told_of_in_units_of_its_size():
     assert first.startswith("downloading Qwen/Qwen3-8B ━")
     assert first.endswith("1.2 of 16.4 GB, 7%")
     assert record(Progressed("x", 1, 2, "bytes"), state, 3.0)["unit"] == "bytes"
+
+
+def shown_at(width, table):
+    console = Console(record=True, width=width, file=io.StringIO())
+    with speaking_to(console):
+        console.print(table())
+    return console.export_text().splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_predictions_take_a_line_each_and_no_score_is_cut(width):
+    prompt = "Name 3 colours,\nseparated by commas, in upper case, ending with an exclamation mark."
+    row = {"prompt": prompt, "chosen_score": -12.3456, "rejected_score": 1.0, "margin": -13.3456, "right": False}
+    lines = shown_at(width, lambda: predictions_table([row] * 3))
+    assert [len(lines), *map(len, map(str.rstrip, lines[1:]))] == [8, *[len(lines[1].rstrip())] * 7]
+    assert all("Name 3 colo" in text and "-12.346 │   +1.000 │ -13.346 │ wrong" in text for text in lines[4:7])
+    assert len(lines[1].rstrip()) <= width
+
+
+def test_nothing_is_less_than_zero_by_nothing():
+    found = {"n": 4, "gain": {"value": -0.0, "interval": [-0.0001, 0.0001], "count": 3}, "kl": 0.0}
+    text = " ".join(shown_at(80, lambda: best_of_table(found)))
+    assert "0.000 (3) │ 0.000 … 0.000" in text
+    assert "-0.000" not in text
+
+
+def test_what_is_loaded_is_said_by_its_name():
+    state = RunState(0.0)
+    state.take(StageBegan("Loading the models"), 0.0)
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(block(state, 7.0, 80))
+    assert console.export_text().splitlines()[0].rstrip() == "Loading the models 0:07"
 
 
 def test_between_stages_there_is_no_block():

@@ -218,7 +218,7 @@ def _check_own(argv: list[str]) -> None:
     if not argv or argv[0] not in cli.COMMANDS:
         raise ValueError(f"helpsteer-rloo has no command {' '.join(argv[:1])}")
     if "--help" not in argv:
-        with patch.object(cli, "guarded", lambda work: None):
+        with patch.object(cli, "guarded", lambda work, **_: None):
             cli._DISPATCH[argv[0]](argv[1:])
 
 

@@ -13,7 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpsteer_rloo.commands.best_of import BEST_OF
+from helpsteer_rloo.commands.chat import CHAT
 from helpsteer_rloo.commands.demo import demo_settings, parse_demo
+from helpsteer_rloo.commands.score import SCORE
 from helpsteer_rloo.pipeline import OF_BOTH_TRAININGS, rloo_command
 from helpsteer_rloo.settings.checks import check_rloo
 from helpsteer_rloo.settings.config import PIPELINE, REWARD, RLOO
@@ -852,3 +855,22 @@ def test_the_command_suggested_after_reward_training_has_the_same_data_and_model
     assert (
         rloo_command(untouched) == f"python rloo_helpsteer_training.py --reward_model_path {DEFAULT_REWARD_MODEL_DIR}"
     )
+
+
+@pytest.mark.parametrize("command", [REWARD, RLOO, PIPELINE, CHAT, BEST_OF, SCORE])
+def test_help_begins_with_one_line_of_usage_and_names_types_as_people_do(command, capsys):
+    with pytest.raises(SystemExit):
+        parse_command(command, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: {command.program} ")
+    assert lines[0].endswith("[FLAGS]")
+    assert lines[1] == ""
+    named = [text for text in lines if text.startswith("  --")]
+    assert len(named) >= 6
+    assert not [text for text in named if "None" in text or "tuple[" in text or "list[" in text]
+
+
+def test_what_is_needed_has_no_default_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_command(BEST_OF, ["--help"])
+    assert "Answers drawn for each prompt.\n" in capsys.readouterr().out
