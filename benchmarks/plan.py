@@ -118,7 +118,7 @@ def _row(one: Reward | RLOO) -> Spec:
 def benchmark(options: Options) -> None:
     """Measure all configurations, or with `--quick` the first with a tiny model."""
     worst = 0.0
-    selected = harness.selected(rows(), options)
+    selected = harness.selected(rows(), replace(options, huge_pages=False))  # which would be told by their names
     options = replace(options, huge_pages=True)  # as the commands ask for
     with tempfile.TemporaryDirectory() as directory:
         for spec in selected:

@@ -96,7 +96,7 @@ def _memory(own: PlanKnobs, *, use_cpu: bool) -> tuple[float | None, str, bool]:
 
     name = _gpu(own)
     if own.gpu_memory_gb is not None:
-        return own.gpu_memory_gb * 2**30, f"a GPU of {own.gpu_memory_gb:g} GiB", False
+        return own.gpu_memory_gb * 2**30, f"a GPU of {own.gpu_memory_gb:,.12g} GiB", False
     if name is not None:
         gpu = GPUS[name]
         return gpu.memory * 2**30, f"what a program has of the {gpu.size} GB of a GPU: {name}", False
@@ -125,7 +125,9 @@ def _rate(own: PlanKnobs, *, cpu: bool) -> "Rate | None":
         reading = own.bandwidth_gbs or (READING * GPUS[name].bandwidth if name else None)
         if reading is None:
             raise ValueError("--tflops needs --bandwidth_gbs beside it: sampling is bound by reading memory.")
-        return Rate(own.tflops * TERA, own.tflops * TERA, reading * GIGA, f"{own.tflops:g} TFLOP/s, {reading:g} GB/s")
+        return Rate(
+            own.tflops * TERA, own.tflops * TERA, reading * GIGA, f"{own.tflops:,.12g} TFLOP/s, {reading:,.12g} GB/s"
+        )
     return None if name is None else rate_of(name)
 
 

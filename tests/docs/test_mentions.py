@@ -17,7 +17,7 @@ OF_OTHERS = {
     "docs/comparison.md": r"--(algo|train|reward)\..*",
     "docs/several-processes.md": r"--num_processes|--machine_rank",
     "docs/tutorials/eight-gpus.md": r"--num_processes",
-    "docs/memory.md": r"--huge_pages",
+    "docs/memory.md": r"--huge_pages|--pairs",
     "docs/watching-a-run.md": r"--logdir",
     "docs/performance.md": r"--steps|--huge_pages",
     "CONTRIBUTING.md": r"--check",
