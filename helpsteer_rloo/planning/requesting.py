@@ -148,11 +148,9 @@ def _rloo_stage(
     settings: Settings[RLOOKnobs], rig: Rig, trained_here: Mapping[str, RewardStage], longest: int
 ) -> RLOOStage:
     own, trl, trained = settings.own, settings.trl, _trained(settings, rig)
-    steps = own.optimizer_steps(
-        int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"]), rig.processes
-    )
-    judges = [judge.beside(trained) for judge in _judges(settings, trained_here)]
     batch, accumulation = int(trl["per_device_train_batch_size"]), int(trl["gradient_accumulation_steps"])
+    steps = own.optimizer_steps(batch, accumulation, rig.processes)
+    judges = [judge.beside(trained) for judge in _judges(settings, trained_here)]
     completions = batch * accumulation
     rollouts = completions * own.num_mini_batches
     return RLOOStage(
