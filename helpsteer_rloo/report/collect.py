@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,10 @@ from helpsteer_rloo.report.records import (
     RewardModel,
     Run,
     Sample,
-    Setting,
     StageState,
     State,
 )
+from helpsteer_rloo.report.started import differences, seed_of, setting, versions_of
 from helpsteer_rloo.run_dir import (
     METRICS,
     POLICY_RECORD,
@@ -38,8 +38,6 @@ from helpsteer_rloo.run_dir import (
     read_lines,
     verification_name,
 )
-from helpsteer_rloo.settings.config import REWARD, RLOO, CommandSpec
-from helpsteer_rloo.settings.knobs import PipelineKnobs
 
 T = TypeVar("T")
 MOST_SAMPLES = 5000
@@ -100,9 +98,9 @@ def collect(run: RunDir, as_of: str, name: str = "") -> Run:
         stages=tuple(reader.stage_states(names)),
         next_stage=reader.next_stage(names),
         command=str(reader.start.get("command") or ""),
-        seed=_seed(settings),
-        versions=_versions(reader.start.get("provenance")),
-        settings=tuple(_differences(settings)),
+        seed=seed_of(settings),
+        versions=versions_of(reader.start.get("provenance")),
+        settings=tuple(differences(settings)),
         data=None if reader.is_stale("data") else reader.part(reader.data),
         reward_models=models,
         policy=policy,
@@ -246,15 +244,15 @@ class _Reader:
     def reward_models(self, names: Sequence[str], settings: Mapping[str, Any]) -> Iterator[RewardModel]:
         """The reward models that the run trains, or the one that it was given."""
         stages = sorted((name for name in names if _REWARD_STAGE.fullmatch(name)), key=lambda name: (name[0], name))
-        output = _setting(settings, "reward", "output_dir")
-        given = _setting(settings, "rloo", "reward_model_path")
+        output = setting(settings, "reward", "output_dir")
+        given = setting(settings, "rloo", "reward_model_path")
         if not any(name.startswith("reward_model") for name in stages) and given:
             judged = self.part(lambda: self.judged(Path(str(given))))
             if judged:
                 yield RewardModel("reward model", judged=judged)
         for stage in sorted(stages, key=lambda name: name == "guard"):
             number = stage.removeprefix("reward_model")
-            set_to = _setting(settings, "rloo", "guard_reward_model") if stage == "guard" else f"{output}{number}"
+            set_to = setting(settings, "rloo", "guard_reward_model") if stage == "guard" else f"{output}{number}"
             yield self.reward_model(stage, self.directory(stage, set_to))
 
     def reward_model(self, stage: str, directory: Path | None) -> RewardModel:
@@ -314,14 +312,14 @@ class _Reader:
         """The policy, once its training has begun."""
         if "rloo" not in names:
             return None
-        directory = self.directory("rloo", _setting(settings, "rloo", "output_dir"))
+        directory = self.directory("rloo", setting(settings, "rloo", "output_dir"))
         trained = self.part(lambda: self.trained("rloo")) or _Trained()
         ended = (self.part(lambda: self.ended(directory)) if directory else None) or _Ended()
         seen = (self.part(lambda: tuple(read_watched(directory / WATCH))) if directory else None) or ()
         return Policy(
             log=self.log(directory),
             watched=seen,
-            alarms=_alarms(seen, _setting(settings, "rloo", "max_kl")),
+            alarms=_alarms(seen, setting(settings, "rloo", "max_kl")),
             verdict=ended.verdict,
             action=ended.action,
             rolled_back_to=ended.rolled_back_to,
@@ -370,52 +368,3 @@ def _alarms(history: Sequence[Watched], max_kl: object) -> tuple[Alarm, ...]:
         for alarm in alarms(history[:length], limit):
             found.setdefault(alarm.name, alarm)
     return tuple(found.values())
-
-
-def _setting(settings: Mapping[str, Any], stage: str, name: str) -> Any:
-    of_stage = settings.get(stage)
-    return of_stage.get(name) if isinstance(of_stage, dict) else None
-
-
-def _seed(settings: Mapping[str, Any]) -> int | None:
-    found = [_setting(settings, stage, "seed") for stage in ("pipeline", "reward", "rloo")]
-    return next((seed for seed in found if isinstance(seed, int)), None)
-
-
-def _versions(provenance: object) -> dict[str, str]:
-    if not isinstance(provenance, dict):
-        return {}
-    return {str(name): str(value) for name, value in provenance.items() if value is not None}
-
-
-def _differences(settings: Mapping[str, Any]) -> Iterator[Setting]:
-    """The settings that are not at their defaults; what a stage has from the pipeline is not said twice."""
-    of_pipeline: dict[str, str] = {}
-    for stage, command in (("pipeline", None), ("reward", REWARD), ("rloo", RLOO)):
-        given = settings.get(stage)
-        if not isinstance(given, dict):
-            continue
-        defaults = _defaults(command) if command else {f.name: str(f.default) for f in fields(PipelineKnobs)}
-        for name, value in given.items():
-            default = defaults.get(name, "")
-            if _same(str(value), default) or of_pipeline.get(name) == str(value):
-                continue
-            if stage == "pipeline":
-                of_pipeline[name] = str(value)
-            yield Setting(stage, name, _plain(str(value)), _plain(default.strip("'\"")))
-
-
-def _defaults(command: CommandSpec[Any]) -> dict[str, str]:
-    return {flag.name: flag.default for section in command.flags().values() for flag in section}
-
-
-def _plain(value: str) -> str:
-    """A whole number as such: the parsers give `200.0` for some flags that take shares of the steps as well."""
-    return value.removesuffix(".0") if value.removesuffix(".0").lstrip("-").isdecimal() else value
-
-
-def _same(value: str, default: str) -> bool:
-    try:
-        return float(value) == float(default)
-    except ValueError:
-        return value == default.strip("'\"")
