@@ -208,7 +208,9 @@ class Session:
     def _save(self, name: str) -> str:
         if not name:
             raise ValueError("/save takes the name of a file.")
-        path = Path(name)
+        path = Path(name).expanduser()
+        if not path.parent.is_dir():
+            raise ValueError(f"/save {name}: there is no directory {path.parent}.")
         require_writable(path, "/save")
         if path.exists():
             raise ValueError(f"/save {path}: is there already; give another name.")

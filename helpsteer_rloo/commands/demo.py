@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", choices=("packed", "trl"), help="of both stages; trl is TRL's own, for comparison")
     parser.add_argument("--guard", choices=("true", "false"), help="whether to watch the policy (default: the file's)")
     parser.add_argument("--progress", choices=PROGRESS, help="what is shown while the run goes on (default: auto)")
+    parser.add_argument("--progress_seconds", type=float, help="least time between two lines or events about steps")
     parser.add_argument("--report_to", nargs="+", help="trackers of the trainings: tensorboard, trackio, wandb")
     return parser
 
@@ -45,7 +46,7 @@ def demo_flags() -> list[Flag]:
     return [
         Flag(
             action.dest,
-            " | ".join(action.choices or ("int" if action.type is int else "str",)),
+            " | ".join(action.choices or (getattr(action.type, "__name__", "str"),)),
             str(action.default),
             str(action.help),
         )
@@ -61,7 +62,7 @@ def parse_demo(argv: Sequence[str] | None = None) -> DemoSettings:
         unknown = rest[0].partition("=")[0].removeprefix("--")
         parser.exit(2, f"helpsteer-rloo demo: {unknown_name(unknown, list(vars(args)), 'flag')}\n")
     given: dict[str, Any] = {"seed": args.seed, "output_dir": args.output_dir, "engine": args.engine}
-    given |= {"progress": args.progress, "report_to": args.report_to}
+    given |= {"progress": args.progress, "progress_seconds": args.progress_seconds, "report_to": args.report_to}
     given |= {"guard": None if args.guard is None else args.guard == "true"}
     given = {key: value for key, value in given.items() if value is not None}
     try:

@@ -152,7 +152,7 @@ def _room(plan: "Plan") -> Table:
     title = f"The largest value of each setting, the others as they are, with {SAID} to spare"
     table = _table(title, "flag", "now", "largest")
     for room in plan.room:
-        largest = "none" if room.largest is None else f"{room.largest:,}{' or more' if room.capped else ''}"
+        largest = "none alone" if room.largest is None else f"{room.largest:,}{' or more' if room.capped else ''}"
         table.add_row(escape(f"--{room.flag}"), f"{room.value:,}", largest)
     return table
 

@@ -278,4 +278,6 @@ def _cells(value: Any) -> tuple[str, str]:
 
 
 def _interval(bounds: Sequence[float | None]) -> str:
+    if all(end is None for end in bounds):
+        return ""
     return " … ".join("?" if end is None else f"{end:z.3f}" for end in bounds)

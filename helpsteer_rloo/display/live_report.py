@@ -78,7 +78,7 @@ def _markers(run: RunDir) -> dict[str, int]:
     """The records of stages that have begun or ended, with the time of each."""
     found: dict[str, int] = {}
     for path in run.stage("x").parent.glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             found[path.name] = path.stat().st_mtime_ns
     return found
 
@@ -88,7 +88,7 @@ def _is_final(page: Path) -> bool:
     try:
         with open_file(page) as file:
             return RUNNING not in file.read(1000)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
 
 

@@ -51,7 +51,10 @@ def _of_accuracy(judged: Mapping[str, Any]) -> Iterator[Finding]:
     overall = {"value": judged["heldout_accuracy"], "interval": [low, high], "count": judged["heldout_pairs"]}
     sentence = f"It prefers the chosen response in {_percent(overall)} of the pairs"
     weak = low <= CHANCE
-    yield _finding("accuracy", overall, weak, sentence + (": not significantly better than chance." if weak else "."))
+    how = "." if not weak else ": not significantly better than chance."
+    if high < CHANCE:
+        how = ": worse than chance. Are the labels inverted?"
+    yield _finding("accuracy", overall, weak, sentence + how)
     if judged["ties"] >= MANY_TIES:
         tied = {"value": judged["ties"], "interval": [None, None], "count": judged["heldout_pairs"]}
         yield _finding("ties", tied, True, f"It gives both responses the same score in {_percent(tied)} of the pairs.")

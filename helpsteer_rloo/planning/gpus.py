@@ -70,9 +70,10 @@ def known_gpu(name: str) -> str:
         if model == asked and size in (own_size, gpu.size):
             return known
     spelled = asked if size is None else f"{asked}-{size}gb"
+    unknown = unknown_name(spelled, GPUS, "GPU")
     raise ValueError(
-        f"--gpu_name: {unknown_name(spelled, GPUS, 'GPU')} Known are {', '.join(GPUS)}; or give --gpu_memory_gb, "
-        "--tflops and --bandwidth_gbs."
+        f"--gpu_name: {unknown}{'' if unknown.endswith('?') else '.'} Known are {', '.join(GPUS)}. Of another one give "
+        "--gpu_memory_gb, and to be told times --tflops and --bandwidth_gbs."
     )
 
 

@@ -42,6 +42,8 @@ _SLOPES = np.diff(_LOG_TOKENS) / np.diff(_SCORES)
 _MOST_ROWS = 8
 _SAMPLE = 2000
 """Prompts that means are taken over."""
+LONGEST = 2**31
+"""Tokens of a text that a report can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def counted(report: Mapping[str, Any], max_length: int, room: int, source: str) 
         prompt, *both = (_by_percentiles(train["tokens"][part], order) for part, order in drawn.items())
         pairs = float(train["pairs"]), float(held["pairs"])
         rows = _rows_of_mean(max(1.0, train["pairs"] / max(1, train["prompts"])), rng)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{source} holds no counts of tokens ({error!r}); give the data.json of a run.") from None
     return _corpus((prompt, both[0], both[1]), rows, pairs, (max_length, room), source)
 
@@ -150,6 +152,8 @@ def _rows_of_mean(mean: float, rng: np.random.Generator) -> NDArray[np.int64]:
 def _by_percentiles(found: Mapping[str, float], probability: NDArray[np.float64]) -> NDArray[np.float64]:
     """Lengths between the percentiles that a report has, and below the median as far below it as above."""
     points = sorted((float(name[1:]) / 100, float(value)) for name, value in found.items())
+    if not all(0 <= length <= LONGEST for _, length in points):
+        raise ValueError(f"a length is not from 0 to {LONGEST:,} tokens")
     low = max(1.0, 2 * points[0][1] - points[min(1, len(points) - 1)][1])
     return np.interp(probability, [0.0, *(x for x, _ in points)], [low, *(y for _, y in points)])
 

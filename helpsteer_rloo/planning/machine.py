@@ -32,7 +32,9 @@ def memory_here(*, use_cpu: bool) -> Memory | None:
     if free is None:
         return None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Memory(free / here, "free main memory" + (f", shared by {here} processes" if here > 1 else ""), cpu=True)
+    shared = f", shared by {here} processes" if here > 1 else ""
+    no_gpu = "" if use_cpu else "; no GPU is seen here"
+    return Memory(free / here, f"free main memory{shared}{no_gpu}", cpu=True)
 
 
 def _memory_of_gpu() -> Memory | None:

@@ -12,6 +12,8 @@ from helpsteer_rloo.settings.flags import nearest_name
 
 ARCHITECTURES = ("qwen3", "llama")
 """Model types that the engine's own passes are made for; others go through TRL's, which are not planned."""
+LARGEST = 10**9
+"""Of a dimension: beyond any model, and numbers made of it are still written in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ def _shape_in(path: Path) -> Shape:
         content = json.loads(read_text(path))
     except OSError as error:
         raise ValueError(f"The dimensions of the model are not known: {path} cannot be read ({error}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The dimensions of the model are not known: {path} is not JSON ({error}).") from None
     if not isinstance(content, dict):
         raise ValueError(f"The dimensions of the model are not known: {path} holds no mapping.")
@@ -186,20 +188,31 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape:
         head_dim=1,
         intermediate=_size(config, "intermediate_size"),
         vocabulary=_size(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=_is_tied(config),
         head_norms=kind == "qwen3",
     )
     # Their defaults in transformers: of Qwen3 128, of Llama what the heads leave of the hidden size.
     own = 128 if kind == "qwen3" else shape.hidden // shape.heads
     head_dim = own if config.get("head_dim") is None else _size(config, "head_dim")
     kv_heads = shape.heads if config.get("num_key_value_heads") is None else _size(config, "num_key_value_heads")
+    if head_dim < 1:
+        raise ValueError(f"hidden_size is {shape.hidden}; expected at least that of the {shape.heads} heads.")
+    if shape.heads % kv_heads:
+        raise ValueError(f"num_key_value_heads is {kv_heads}; expected a divisor of the {shape.heads} heads.")
     return replace(shape, head_dim=head_dim, kv_heads=kv_heads)
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"tie_word_embeddings is {tied!r:.40}; expected true or false.")
+    return tied
 
 
 def _size(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+        raise ValueError(f"{name} is {value!r:.40}; expected a whole number from 1 to {LARGEST:,}.")
     return value
 
 

@@ -100,7 +100,7 @@ def _bias(node: Node) -> Bias:
 
 
 def _finding(node: Node) -> Finding:
-    return Finding(node.text("sentence"), node.flag("concern"))
+    return Finding(node.text("sentence"), node.flag("concern"), node.text("name", ""))
 
 
 def policy_judged_of(node: Node) -> PolicyJudged:

@@ -138,6 +138,7 @@ class Finding:
 
     sentence: str
     concern: bool
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,9 @@ def _of_state(run: Run) -> Iterator[Sentence]:
         yield Sentence(note, "look")
 
 
+CHANCE = 0.5
+
+
 def _of_models(models: Sequence[RewardModel]) -> Iterator[Sentence]:
     for model in models:
         if model.bad_steps:
@@ -48,12 +51,14 @@ def _of_models(models: Sequence[RewardModel]) -> Iterator[Sentence]:
             )
         if model.judged is None:
             continue
-        weak = not model.judged.better_than_chance
-        text = f"The {model.name} orders {percent(model.judged.accuracy)} of the held-out pairs as their labels do"
-        text += ", which is not significantly better than chance." if weak else "."
-        yield Sentence(text, "look" if weak else "good")
+        weak, accuracy = not model.judged.better_than_chance, model.judged.accuracy
+        text = f"The {model.name} orders {percent(accuracy)} of the held-out pairs as their labels do"
+        how = "." if not weak else ", which is not significantly better than chance."
+        if accuracy.high < CHANCE:
+            how = ", which is worse than chance: are the labels inverted?"
+        yield Sentence(text + how, "look" if weak else "good")
         for finding in model.judged.findings:
-            if finding.concern:
+            if finding.concern and finding.name != "accuracy":  # which has just been told
                 yield Sentence(f"The {model.name}: {finding.sentence}", "look")
 
 

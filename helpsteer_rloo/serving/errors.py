@@ -34,10 +34,12 @@ async def _on_request_error(_: Request, error: Exception) -> Response:
     return refused(error)
 
 
-async def _on_invalid(_: Request, error: Exception) -> Response:
+async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"][1:])
+    if not place and "json" not in request.headers.get("content-type", ""):
+        return refused(RequestError(400, "Expected JSON, and the header Content-Type: application/json that says so."))
     message = f"{place}: {first['msg']}" if place else str(first["msg"])
     return refused(RequestError(400, message, param=place or None))
 

@@ -282,6 +282,7 @@ def test_every_answer_is_a_draw_of_its_own_until_a_seed_is_set():
         ("/seed x", "not 'x'"), ("/seed -1", "not '-1'"), ("/seed ²", "not '²'"), ("/seed", "not ''"),
         ("/temperature hot", "not 'hot'"), ("/temperature 0", "/temperature is 0"), ("/temperature inf", "is inf"),
         ("/save", "takes the name of a file"), ("/save /", "no file can be written"),
+        ("/save nowhere/a.jsonl", "/save nowhere/a.jsonl: there is no directory nowhere"),
         ("a\x00b", "is not text"), ("\udcff", "is not text"), ("too long", "too long"),
     ],
 )  # fmt: skip

@@ -430,6 +430,10 @@ def test_lengths_of_a_run_replace_those_of_helpsteer3(tmp_path, capsys):
     assert counted(several, 1024, 512, "").work_a_pair.tokens == pytest.approx(30 / 1.6 + 60, rel=0.05)
     with pytest.raises(ValueError, match="holds no counts of tokens"):
         counted({"splits": {}}, 1024, 512, "data.json")
+    for damaged in (-1, 1e308, {"p50": -5.0}, {"p50": 1e308}):
+        broken = {**split, "tokens": {**split["tokens"], "prompt": damaged}}
+        with pytest.raises(ValueError, match=r"data\.json holds no counts of tokens"):
+            counted({"splits": {"train": broken, "validation": split}}, 1024, 512, "data.json")
 
 
 def test_prompts_of_a_run_are_no_longer_where_its_responses_are():
@@ -473,7 +477,7 @@ def test_of_few_prompts_a_quarter_is_watched():
 
 
 def test_lengths_that_cannot_be_read_are_refused_with_what_to_give(monkeypatch, capsys):
-    def no_file(path, advice):
+    def no_file(path, advice, **_):
         raise ValueError(f"{path} is no regular file; {advice}")
 
     monkeypatch.setattr("helpsteer_rloo.commands.plan.read_json", no_file)

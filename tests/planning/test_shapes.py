@@ -80,6 +80,16 @@ def test_llama_without_key_heads_or_head_size_has_those_of_its_heads():
     assert (shape.kv_heads, shape.head_dim, shape.head_norms, shape.tied) == (4, 16, False, False)
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 8,
+    "vocab_size": 8,
+}
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -92,6 +102,14 @@ def test_llama_without_key_heads_or_head_size_has_those_of_its_heads():
             "hidden_size is 'large'; expected a whole number",
         ),
         (json.dumps({"model_type": "qwen3", "hidden_size": 8}), "num_hidden_layers is None"),
+        ("[" * 100_000, "is not JSON"),
+        (json.dumps(LLAMA | {"hidden_size": 10**400}), "expected a whole number from 1 to 1,000,000,000"),
+        (json.dumps(LLAMA | {"num_key_value_heads": 3}), "num_key_value_heads is 3; expected a divisor of the 4 heads"),
+        (json.dumps(LLAMA | {"hidden_size": 2}), "hidden_size is 2; expected at least that of the 4 heads"),
+        (
+            json.dumps(LLAMA | {"tie_word_embeddings": "false"}),
+            "tie_word_embeddings is 'false'; expected true",
+        ),
     ],
 )
 def test_a_model_that_is_not_known_is_refused_by_name(content, says, tmp_path):

@@ -178,6 +178,17 @@ def test_a_hostile_name_is_escaped_in_a_chart():
     assert Page(drawn).texts["title"] == [name]
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "says"), [(0.5, "not significantly better than chance"), (0.2, "are the labels inverted?")]
+)
+def test_a_weak_reward_model_is_told_of_once(tmp_path, accuracy, says):
+    run = read(make_run(tmp_path / "weak", accuracy=accuracy, gold=0.1, concern=True))
+    told = [sentence.text for sentence in verdict(run) if sentence.text.startswith("The reward model orders")]
+    assert len(told) == 1
+    assert says in told[0]
+    assert not [sentence.text for sentence in verdict(run) if "It prefers the chosen response in" in sentence.text]
+
+
 def test_several_runs_stand_side_by_side(run, tmp_path):
     other = read(make_run(tmp_path / "second", accuracy=0.5, gold=-0.2, concern=True))
     page = render([run, other])
