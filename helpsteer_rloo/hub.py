@@ -2,16 +2,52 @@
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from helpsteer_rloo.events import Task
 
 SECONDS = 5.0
-"""That an answer may take."""
+"""That an answer may take in all, however it trickles in."""
+_Answer = TypeVar("_Answer")
 _BAR_ON_DISK = "huggingface_hub.snapshot_download"
 """The hub's name for the bar of a snapshot that counts bytes on the disk; its others count files, or traffic."""
+
+
+class NoHubError(OSError):
+    """What answers in the place of the hub is something else: the page of a proxy, say."""
+
+
+def network_error() -> type[Exception]:
+    """That of whichever HTTP library the hub's client stands on: no answer, or one that breaks off."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return cast(Any, HfHubHTTPError.__bases__[0])
+
+
+def in_time(ask: Callable[[], _Answer]) -> _Answer:
+    """What a call gives that asks the hub, unless it takes too long; a client's own limits are for every read anew.
+
+    Raises:
+        TimeoutError: it is not done in `SECONDS`. It is left to itself then, and ends with the process.
+        Exception: what it raises.
+    """
+    answer: Future[_Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            answer.set_exception(error)
+
+    waited = threading.Thread(target=run, daemon=True)
+    waited.start()
+    waited.join(SECONDS)
+    if waited.is_alive():
+        raise TimeoutError(f"no whole answer in {SECONDS:g} seconds")
+    return answer.result()
 
 
 def refusal(name: str, revision: str | None = None, repo_type: str = "model") -> str | None:
@@ -38,20 +74,22 @@ def _failure(name: str, revision: str | None, repo_type: str) -> Exception | Non
     if Path(name).is_dir():
         return None
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
-    # That of whichever HTTP library the hub's client stands on.
-    network_error: type[Exception] = cast(Any, HfHubHTTPError.__bases__[0])
     try:
-        HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=SECONDS)
-    except (network_error, OSError, HFValidationError) as error:
+        in_time(lambda: HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=SECONDS))
+    except (network_error(), OSError, HFValidationError) as error:
         return error
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # no JSON, or not what the hub sends
+        return NoHubError(f"what answers there is no hub ({type(error).__name__})")
     return None
 
 
 @functools.cache
 def absence(name: str, revision: str | None = None, repo_type: str = "model") -> str | None:
     """Why the hub cannot be reached, or None if it can, or need not since a model or data set is a directory here.
+
+    Something else that answers in its place is an absence, too.
 
     What it answers, such as that there is no such name, is left to whoever fetches it. It is asked once in a process
     for the same thing, so that an outage later on is waited out, as the hub's own functions do it.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from helpsteer_rloo.data.sources import content_digest, locate
 from helpsteer_rloo.display.console import data_table, findings_table, predictions_table, say, show, watch_sentence
-from helpsteer_rloo.identity import effective_settings, reward_model_identity, tokenizer_identity
+from helpsteer_rloo.identity import effective_settings, model_identity, reward_model_identity, tokenizer_identity
 from helpsteer_rloo.processes import is_main_process
+from helpsteer_rloo.records.places import BASE_IDENTITY
 from helpsteer_rloo.records.provenance import provenance
 from helpsteer_rloo.records.reward_model import (
     check_base_record,
@@ -178,6 +179,7 @@ def _reward_record(
     return {
         "base_model": context.model,
         "base": training["base"],
+        BASE_IDENTITY: model_identity(training["base"]["name"]),
         "adapter": training["adapter"],
         "thinking": settings.own.thinking,
         "rendering": context.renderer.fingerprint(settings.own.max_length),
@@ -298,17 +300,19 @@ def rloo_stage(settings: Settings[RLOOKnobs], context: DataContext, judged_on: i
 
 
 def _policy_record(settings: Settings[RLOOKnobs], training: Mapping[str, Any]) -> dict[str, Any]:
+    judges = {
+        "reward_model": settings.own.reward_model_path,
+        "guard_reward_model": settings.own.guard_reward_model,
+    }
     return {
         "base_model": str(settings.trl["model_name_or_path"]),
         "base": training["base"],
+        BASE_IDENTITY: model_identity(training["base"]["name"]),
         "adapter": training["adapter"],
         "reward_model": settings.own.reward_model_path,
-        "judges": {
-            name: str(Path(directory).resolve()) if directory else None
-            for name, directory in (
-                ("reward_model", settings.own.reward_model_path),
-                ("guard_reward_model", settings.own.guard_reward_model),
-            )
+        "judges": {name: str(Path(directory).resolve()) if directory else None for name, directory in judges.items()},
+        "judge_identities": {
+            name: reward_model_identity(Path(directory)) if directory else None for name, directory in judges.items()
         },
         "settings": settings.describe(),
         "training": dict(training),

@@ -7,8 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -78,7 +78,7 @@ def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch):
         silent.listen()
         at(monkeypatch, silent.getsockname()[1])
         begin = time.monotonic()
-        assert "ReadTimeout" in (absence(NAME) or "")
+        assert "Timeout" in (absence(NAME) or "")
         assert time.monotonic() - begin < 3
 
 
@@ -87,6 +87,62 @@ def test_an_answer_is_no_absence_whatever_it_says(monkeypatch, status):
     with answering(status) as port:
         at(monkeypatch, port)
         assert absence(NAME) is None
+
+
+@contextmanager
+def sending(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
+    """A server that answers anything by a function."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer(self)
+
+        def do_HEAD(self):
+            answer(self)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.daemon_threads = True
+        server.block_on_close = False
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def content(sent: BaseHTTPRequestHandler, body: bytes, length: int | None = None) -> None:
+    """Send a body, whose length may be said otherwise than it is."""
+    sent.send_response(200)
+    sent.send_header("Content-Length", str(len(body) if length is None else length))
+    sent.end_headers()
+    with suppress(OSError):
+        sent.wfile.write(body if sent.command == "GET" else b"")
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[1]", b"<html>log in</html>", b'{"id": ', b"null"])
+def test_what_answers_but_is_no_hub_is_an_absence(monkeypatch, body):
+    with sending(lambda sent: content(sent, body)) as port:
+        at(monkeypatch, port)
+        assert "NoHubError: what answers there is no hub" in (absence(NAME) or "")
+
+
+def test_an_answer_that_trickles_in_is_not_waited_for(monkeypatch):
+    def trickle(sent: BaseHTTPRequestHandler) -> None:
+        content(sent, b"", 60)
+        with suppress(OSError):
+            for _ in range(60):
+                sent.wfile.write(b" ")
+                time.sleep(0.1)
+
+    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    with sending(trickle) as port:
+        at(monkeypatch, port)
+        begin = time.monotonic()
+        assert absence(NAME) == "TimeoutError: no whole answer in 0.5 seconds"
+        assert time.monotonic() - begin < 3
 
 
 def test_a_tokenizer_that_is_nowhere_is_said_so_in_seconds(monkeypatch, free_port):

@@ -13,6 +13,7 @@ from helpsteer_rloo import cli, opening, pipeline
 from helpsteer_rloo.data.demo import write_rows
 from helpsteer_rloo.data.helpsteer3 import prompt_key
 from helpsteer_rloo.groups import Message
+from helpsteer_rloo.identity import model_identity, reward_model_identity
 from helpsteer_rloo.report.collect import collect, find_run
 from helpsteer_rloo.report.page import render
 from helpsteer_rloo.run_dir import locked
@@ -356,6 +357,9 @@ def test_the_scripts_run_one_after_the_other(command, tmp_path, capsys):
     record = json.loads((policy / "policy.json").read_text())
     assert record["training"]["episodes"] == 16
     assert record["judges"] == {"reward_model": str(model.resolve()), "guard_reward_model": None}
+    assert record["judge_identities"] == {"reward_model": reward_model_identity(model), "guard_reward_model": None}
+    assert record["base_identity"] == model_identity(record["base"]["name"])
+    assert record["base_identity"].startswith("local:")
     assert len(read_rollouts(policy / "rollouts")) == 16
     assert (tmp_path / "rm.run" / "data.json").exists()
     for name, stages in (("rm", ["data", "reward_model", "verification"]), ("policy", ["data", "rloo"])):

@@ -1,11 +1,12 @@
 """What `chat` and `best-of` share: flags of sampling, and a policy with its rendering, its judges and its limits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpsteer_rloo.records.places import doubt_of_base
 from helpsteer_rloo.records.policy import PolicySource, read_policy_or_model
 from helpsteer_rloo.records.reward_model import check_reward_model
 from helpsteer_rloo.settings.checks import prompt_room
@@ -95,6 +96,8 @@ class Play:
     top_p: float
     top_k: int
     seed: int
+    doubts: Sequence[str] = ()
+    """What is to be said first: that something is not what it was in training."""
 
     @property
     def room(self) -> int:
@@ -162,7 +165,15 @@ def open_play(own: PlayKnobs, source: PolicySource, judges: Mapping[str, tuple[s
         top_p=float(_given(own.top_p, _number(source, "top_p", 1.0))),
         top_k=int(_given(own.top_k, _number(source, "top_k", 0))),
         seed=int(_given(own.seed, _number(source, "seed", DEFAULT_SEED))),
+        doubts=_doubts(source, found, records),
     )
+
+
+def _doubts(
+    source: PolicySource, judges: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]]
+) -> Sequence[str]:
+    of_judges = (doubt_of_base(records[role], directory) for role, directory in judges.items())
+    return [*source.doubts(judges.values()), *(one for one in of_judges if one is not None)]
 
 
 def _given(value: float | None, default: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from helpsteer_rloo.chat.playing import Play, PlayKnobs, check_play, open_play, policy_of
 from helpsteer_rloo.data.results import Read, Results, check_finite, check_output, read_prompt
 from helpsteer_rloo.data.sources import RawRow
-from helpsteer_rloo.display.console import best_of_table, say, show
+from helpsteer_rloo.display.console import best_of_table, say, show, warn
 from helpsteer_rloo.events import PATIENCE, Task
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.identity import model_identity
@@ -109,6 +109,8 @@ def run_best_of(settings: Settings[BestOfKnobs]) -> None:
     """
     own = settings.own
     play = _play(own)
+    for doubt in play.doubts:
+        warn(doubt)
     results = Results(Path(own.input), Path(own.output), _ADDED, "answers", "answering")
     with locked(results.target.with_name(f".{results.target.name}.lock"), results.target):
         results.begin(_asked(own, play))

@@ -83,6 +83,7 @@ def _load(own: ChatKnobs, screen: "Screen", notes: list[str]) -> "tuple[Play, Mo
     What cannot be used is said before the models' libraries are imported, and what is to be known goes to `notes`.
     """
     play = _play(own)
+    notes.extend(f"WARNING: {doubt}" for doubt in play.doubts)
     from helpsteer_rloo.chat.partner import ModelPartner
     from helpsteer_rloo.model.voices import load_judge
 

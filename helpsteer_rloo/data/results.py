@@ -73,7 +73,8 @@ class Results:
         if self.target.exists():
             require_file(self.target)  # what is there is read, and gone on with
         beside = self.target.with_name(f"{self.target.name}.of.json")
-        found, begun = read_json(beside), self.target.exists() and self.target.stat().st_size > 0
+        advice = f"delete it and {self.target}, or give another --output."  # which without it is nobody's
+        found, begun = read_json(beside, advice), self.target.exists() and self.target.stat().st_size > 0
         if begun and found is None:
             raise ValueError(f"--output {self.target} is there, and this command did not begin it; give another name.")
         if begun and found is not None and found != asked:

@@ -1,11 +1,12 @@
 """What stands beside the weights of a policy: its record, read and checked. A plain model has none, and answers too."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.records.places import base_found_again, found_again
+from helpsteer_rloo.identity import reward_model_identity
+from helpsteer_rloo.records.places import base_found_again, doubt_of_base, found_again, recorded_identity
 from helpsteer_rloo.records.reward_model import DTYPES, check_base_record
 from helpsteer_rloo.run_dir import POLICY_RECORD, REWARD_MODEL_RECORD, read_json, read_record
 
@@ -41,8 +42,31 @@ class PolicySource:
         Args:
             name: `reward_model` or `guard_reward_model`.
         """
-        named = self._named(name)
-        return next((found for one in named if (found := found_again(one, self.directory, REWARD_MODEL_RECORD))), None)
+        identity = self._identity(name)
+        same = None if identity is None else lambda place: reward_model_identity(place) == identity
+        places = (found_again(one, self.directory, REWARD_MODEL_RECORD, same) for one in self._named(name))
+        return next((found for found in places if found), None)
+
+    def doubts(self, judges: Collection[Path]) -> list[str]:
+        """What is to be known before a policy is believed: that its base, or a judge of its training, has changed.
+
+        Args:
+            judges: The reward models that it is judged by.
+        """
+        found = [doubt_of_base(self.record, self.directory)] if self.is_trained else []
+        for name in ("reward_model", "guard_reward_model"):
+            identity, directory = self._identity(name), self.judge(name)
+            if identity is None or directory is None or directory not in judges:
+                continue
+            if reward_model_identity(directory) != identity:
+                what = name.replace("_", " ")
+                found.append(f"{directory} is not the {what} any more that {self.directory} was trained with.")
+        return [one for one in found if one is not None]
+
+    def _identity(self, name: str) -> str | None:
+        identities = self.record.get("judge_identities")
+        found = identities.get(name) if isinstance(identities, dict) else None
+        return found if isinstance(found, str) else None
 
     def absence_of_judge(self, name: str, flag: str) -> str:
         """Why there is no reward model of its training, and what to do."""
@@ -77,7 +101,7 @@ def read_policy(directory: str | Path, flag: str, *, trusted: bool) -> PolicySou
     check_base_record(source / POLICY_RECORD, base)
     if base.get("trust_remote_code") and not trusted:
         raise ValueError(f"The policy's base {_TRUST}")
-    base = {**base, "name": base_found_again(base["name"], source)}
+    base = {**base, "name": base_found_again(base["name"], source, recorded_identity(record))}
     return PolicySource(source, base, record["adapter"], {**record, "base": base})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.records.places import base_found_again
+from helpsteer_rloo.records.places import base_found_again, recorded_identity
 from helpsteer_rloo.records.weights import check_weights
 from helpsteer_rloo.run_dir import HELDOUT_PROMPTS, REWARD_MODEL_RECORD, open_file, read_json
 from helpsteer_rloo.settings.knobs import DataKnobs
@@ -58,7 +58,10 @@ def read_reward_record(directory: str | Path) -> dict[str, Any]:
         )
     _check(path, "", record, _RECORD)
     check_base_record(path, record["base"])
-    base = {**record["base"], "name": base_found_again(record["base"]["name"], Path(directory))}
+    base = {
+        **record["base"],
+        "name": base_found_again(record["base"]["name"], Path(directory), recorded_identity(record)),
+    }
     return {**record, "base": base}
 
 

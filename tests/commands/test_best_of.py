@@ -227,6 +227,20 @@ def test_an_output_of_other_settings_is_left_alone(world, policy, tmp_path, caps
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_what_is_said_of_a_damaged_companion_of_the_output_helps(world, policy, tmp_path, capsys):
+    run(world, policy, tmp_path, ROWS)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl.of.json").write_text("{")
+    with pytest.raises(SystemExit):
+        run(world, policy, tmp_path, ROWS)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith(f"; delete it and {tmp_path / 'out.jsonl'}, or give another --output.")
+    for name in ("out.jsonl", "out.jsonl.of.json"):
+        (tmp_path / name).unlink()
+    run(world, policy, tmp_path, ROWS)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
 def test_what_cannot_be_is_said(world, policy, tmp_path, capsys):
     source = str(write_jsonl(tmp_path / "in.jsonl", ROWS))
     flags, moved = flags_of(world, policy, tmp_path), tmp_path / "moved"

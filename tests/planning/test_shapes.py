@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from benchmarks import models
-from helpsteer_rloo.hub import absence
+from helpsteer_rloo import hub
+from helpsteer_rloo.hub import absence, network_error
 from helpsteer_rloo.planning.memory import Adapter
 from helpsteer_rloo.planning.request import Trained
 from helpsteer_rloo.planning.shapes import (
@@ -25,7 +26,7 @@ from helpsteer_rloo.planning.shapes import (
     shape_of_config,
 )
 from helpsteer_rloo.planning.time import step_flops
-from tests.test_hub import answering, at
+from tests.test_hub import SHA, answering, at, content, sending
 
 # Weights outside of the embeddings, in billions, as the models' cards give them.
 PUBLISHED = {"0.6B": 0.44, "1.7B": 1.4, "4B": 3.6, "8B": 6.95, "14B": 13.2, "32B": 31.2}
@@ -172,6 +173,41 @@ def test_what_the_hub_has_against_a_model_is_said_once_and_at_once(status, code,
     assert "Did you mean 'Qwen/Qwen3-8B'?" in str(raised.value)
     assert "http" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_configuration_that_breaks_off_is_said(monkeypatch):
+    def broken(*_, **__):
+        raise network_error()("peer closed connection")
+
+    monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: None)
+    monkeypatch.setattr("helpsteer_rloo.planning.shapes.refusal", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(ValueError, match=r"its config.json cannot be had \(HTTPError\)"):
+        shape_of("some/model")
+
+
+def test_a_configuration_that_never_comes_is_said_at_once(monkeypatch, capfd, tmp_path):
+    about = json.dumps({"id": "a/b", "sha": SHA, "siblings": [], "private": False, "tags": []}).encode()
+
+    def answer(sent):
+        if "/api/models" in sent.path:
+            content(sent, about)
+        else:
+            time.sleep(4)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "SECONDS", 1.5)
+    absence.cache_clear()
+    begin = time.monotonic()
+    with sending(answer) as port:
+        at(monkeypatch, port)
+        template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(ValueError, match=r"its config.json cannot be had \(TimeoutError\)"):
+            shape_of("a/b")
+    absence.cache_clear()
+    assert time.monotonic() - begin < 4
+    assert "Retry" not in capfd.readouterr().err
 
 
 def test_a_name_that_no_model_can_have_is_refused(monkeypatch):

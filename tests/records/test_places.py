@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from helpsteer_rloo import cli
+from helpsteer_rloo.identity import model_identity, reward_model_identity
 from helpsteer_rloo.model.loading import Base, load_reward_model
+from helpsteer_rloo.records.places import BASE_IDENTITY
 from helpsteer_rloo.records.policy import read_policy
 from helpsteer_rloo.records.reward_model import read_reward_record
 from helpsteer_rloo.run_dir import POLICY_RECORD, REWARD_MODEL_RECORD, read_json, write_json
@@ -69,6 +71,37 @@ def test_absolute_paths_are_kept_and_what_was_moved_is_found_beside(run, tmp_pat
     assert found(tmp_path / "copy", monkeypatch, "/")[0] == run / "reward_model"  # what it was trained with
     moved = Path(shutil.move(run, tmp_path / "moved"))
     assert found(moved, monkeypatch, "/") == (moved / "reward_model", moved / "guard_model")
+
+
+def test_a_copy_is_played_on_what_it_was_trained_with(run, tmp_path, monkeypatch, capsys):
+    judges = {"reward_model": str(run / "reward_model"), "guard_reward_model": str(run / "guard_model")}
+    identities = {name: reward_model_identity(Path(directory)) for name, directory in judges.items()}
+    base = {BASE_IDENTITY: model_identity(str(run / "base"))}
+    named(run, judges=judges, judge_identities=identities, **base)
+    record = run / "reward_model" / REWARD_MODEL_RECORD
+    write_json(record, {**(read_json(record) or {}), **base})
+    keep = Path(shutil.copytree(run, tmp_path / "keep"))
+
+    def read(directory):
+        return read_policy(directory / "policy", "--policy_dir", trusted=False)
+
+    assert read(keep).base["name"] == str(run / "base")  # both are the same
+    (run / "base" / "generation_config.json").write_text('{"top_k": 1}')
+    write_json(record, {**(read_json(record) or {}), "training": {"steps": 2}})
+    copied = read(keep)
+    assert copied.base["name"] == str(keep / "base")
+    assert found(keep, monkeypatch, "/") == (keep / "reward_model", run / "guard_model")
+    assert read_reward_record(keep / "reward_model")["base"]["name"] == str(keep / "base")
+    assert copied.doubts([keep / "reward_model"]) == []
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "Name a tree."}]}\n')
+    flags = ["2", str(tmp_path / "in.jsonl"), "--max_new_tokens=4"]
+    cli.best_of([*flags, f"--policy_dir={keep / 'policy'}", f"--output={tmp_path / 'kept.jsonl'}"])
+    assert "WARNING" not in capsys.readouterr().out
+    cli.best_of([*flags, f"--policy_dir={run / 'policy'}", f"--output={tmp_path / 'changed.jsonl'}"])
+    said = " ".join(capsys.readouterr().out.split())
+    for directory in ("policy", "reward_model"):
+        assert f"WARNING: {run / directory} was trained on another base than {run / 'base'} holds now" in said
+    assert f"{run / 'reward_model'} is not the reward model any more that {run / 'policy'} was trained with." in said
 
 
 def test_a_base_that_was_moved_with_its_adapters_is_found(run, tmp_path, monkeypatch, capsys):
