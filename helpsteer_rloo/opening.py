@@ -12,7 +12,7 @@ from helpsteer_rloo.events import RunPlanned, publish
 from helpsteer_rloo.heartbeat import beating
 from helpsteer_rloo.processes import is_main_process, process_count
 from helpsteer_rloo.records.provenance import command_line, provenance
-from helpsteer_rloo.run_dir import RunDir, locked, write_json
+from helpsteer_rloo.run_dir import RunDir, locked, read_json, write_json
 from helpsteer_rloo.stages import Stage, finished_stages, seconds_by_stage
 
 
@@ -40,7 +40,7 @@ class Opening:
         """The stages of the run, which to make may take a download: a run that cannot fit is refused before.
 
         A stage with a record is taken for finished until its inputs are known. A run of which all stages are finished
-        leaves its record as it is.
+        leaves its record as it is, unless that is of a start with other settings, which came to nothing.
 
         Raises:
             ValueError: it cannot fit.
@@ -53,10 +53,12 @@ class Opening:
         if recorded - finished:
             self.check_fit(finished)
         if set(names) - finished:
-            self._record(names, finished)
+            self._record(names, finished, provenance())
+        elif not _has_passed(self.run, names):
+            self._record(names, finished, (read_json(self.run.summary) or {}).get("provenance") or provenance())
         return stages
 
-    def _record(self, names: Sequence[str], finished: Collection[str]) -> None:
+    def _record(self, names: Sequence[str], finished: Collection[str], made_with: Mapping[str, Any]) -> None:
         """Write down what the run was started with and for, to be looked at while it goes on and afterwards.
 
         Of a stage behind one that is not finished nobody knows whether it will count: see `stages.note_passed`.
@@ -68,9 +70,15 @@ class Opening:
             "settings": dict(self.settings),
             "stages": list(names),
             "passed": list(itertools.takewhile(lambda name: name in finished, names)),
-            "provenance": provenance(),
+            "provenance": dict(made_with),
         }
         write_json(self.run.start, content)
+
+
+def _has_passed(run: RunDir, names: Sequence[str]) -> bool:
+    """Whether the start that is recorded has passed these stages, or does not say, as older ones."""
+    passed = (read_json(run.start) or {}).get("passed")
+    return not isinstance(passed, list) or all(name in passed for name in names)
 
 
 def record_beside(output_dir: str) -> RunDir:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from helpsteer_rloo.heartbeat import beating
+from helpsteer_rloo.opening import Opening
 from helpsteer_rloo.preemption import Stopped, listening
 from helpsteer_rloo.run_dir import RunDir, read_json, write_json
 from helpsteer_rloo.stages import Stage, run_stages, seconds_by_stage
@@ -100,6 +101,25 @@ def test_the_runs_record_knows_which_stages_it_has_passed_since_it_was_started(w
     assert world.run.stage("report").exists()
     world.go()
     assert passed() == ["data", "model", "report"]
+
+
+def test_a_start_records_the_stages_that_no_change_has_touched(world):
+    def opened():
+        opening = Opening(world.run, {"rate": world.inputs["model"]["rate"]}, lambda finished: None)
+        opening.stages(["data", "model", "report"], world.stages)
+        record = read_json(world.run.start)
+        return record["passed"], record["settings"]
+
+    assert opened() == ([], {"rate": 0.1})
+    world.go()
+    assert opened() == (["data", "model", "report"], {"rate": 0.1})
+    world.inputs["model"]["rate"] = 0.2
+    assert opened() == (["data"], {"rate": 0.2})  # killed here, it is not finished, though every marker is there
+    assert all(world.run.stage(name).exists() for name in ("data", "model", "report"))
+    world.inputs["model"]["rate"] = 0.1
+    write_json(world.run.summary, {"provenance": {"commit": "of the first start"}})
+    assert opened() == (["data", "model", "report"], {"rate": 0.1})  # changed back: what is there is of these settings
+    assert read_json(world.run.start)["provenance"] == {"commit": "of the first start"}
 
 
 def test_finished_stages_are_not_run_again_and_their_outputs_are_returned(world):

@@ -1,7 +1,9 @@
 """`helpsteer-rloo plan`, and the check of it before a run: tables, the JSON document, refusals, and bad input."""
 
 import json
+import os
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -426,6 +428,11 @@ def test_lengths_of_a_run_replace_those_of_helpsteer3(tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(report))
     found = planned(capsys, "--gpu_memory_gb=24", f"--data_json={tmp_path / 'data.json'}")
     assert found["lengths"]["pairs"] == 600
+    os.mkfifo(tmp_path / "pipe")  # as `<(…)` is one
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(json.dumps(report)))
+    writer.start()
+    assert planned(capsys, "--gpu_memory_gb=24", f"--data_json={tmp_path / 'pipe'}")["lengths"]["pairs"] == 600
+    writer.join()
     several = {"splits": {"train": {**split, "pairs": 480}, "validation": split}}  # 1.6 pairs a prompt
     assert counted(several, 1024, 512, "").work_a_pair.tokens == pytest.approx(30 / 1.6 + 60, rel=0.05)
     with pytest.raises(ValueError, match="holds no counts of tokens"):
