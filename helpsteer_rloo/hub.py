@@ -11,6 +11,8 @@ from helpsteer_rloo.events import Task
 
 SECONDS = 5.0
 """That an answer may take in all, however it trickles in."""
+ODD = (ValueError, LookupError, AttributeError, TypeError)
+"""What the hub's client raises about an answer that is no JSON, or not what the hub sends."""
 _Answer = TypeVar("_Answer")
 _BAR_ON_DISK = "huggingface_hub.snapshot_download"
 """The hub's name for the bar of a snapshot that counts bytes on the disk; its others count files, or traffic."""
@@ -80,7 +82,7 @@ def _failure(name: str, revision: str | None, repo_type: str) -> Exception | Non
         in_time(lambda: HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=SECONDS))
     except (network_error(), OSError, HFValidationError) as error:
         return error
-    except (ValueError, LookupError, AttributeError, TypeError) as error:  # no JSON, or not what the hub sends
+    except ODD as error:
         return NoHubError(f"what answers there is no hub ({type(error).__name__})")
     return None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.hub import absence, in_time, network_error, refusal
+from helpsteer_rloo.hub import ODD, absence, in_time, network_error, refusal
 from helpsteer_rloo.run_dir import read_text
 from helpsteer_rloo.settings.flags import nearest_name
 
@@ -161,7 +161,7 @@ def _fetched(model: str, revision: str | None) -> Path:
         here = against is not None
         return Path(in_time(lambda: hf_hub_download(model, "config.json", revision=revision, local_files_only=here)))
     # A cache without the file and no network are OSErrors, a name that no repository can have a ValueError.
-    except (network_error(), EntryNotFoundError, OSError, ValueError) as error:
+    except (network_error(), EntryNotFoundError, OSError, *ODD) as error:
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, OSError)
         reason = "it has no config.json" if missing else f"its config.json cannot be had ({type(error).__name__})"
         nearest = nearest_name(model, QWEN3)

@@ -175,14 +175,15 @@ def test_what_the_hub_has_against_a_model_is_said_once_and_at_once(status, code,
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_configuration_that_breaks_off_is_said(monkeypatch):
+@pytest.mark.parametrize("error", [network_error()("peer closed connection"), AttributeError("'list' has no 'get'")])
+def test_a_configuration_that_breaks_off_or_is_odd_is_said(error, monkeypatch):
     def broken(*_, **__):
-        raise network_error()("peer closed connection")
+        raise error
 
     monkeypatch.setattr("helpsteer_rloo.planning.shapes.absence", lambda *_: None)
     monkeypatch.setattr("helpsteer_rloo.planning.shapes.refusal", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
-    with pytest.raises(ValueError, match=r"its config.json cannot be had \(HTTPError\)"):
+    with pytest.raises(ValueError, match=rf"its config.json cannot be had \({type(error).__name__}\)"):
         shape_of("some/model")
 
 
