@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-from helpsteer_rloo.display.console import say
+from helpsteer_rloo.display.console import say, warn
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.processes import is_main_process
 from helpsteer_rloo.run_dir import RunDir, open_file
@@ -59,7 +59,7 @@ def reported(run: RunDir) -> Generator[None]:
     writer.end(thread)
     if _markers(run) != before or not _is_final(run.report):
         writer.write()
-    if run.report.exists():
+    if _is_final(run.report):
         say(f"The report: {run.report}")
 
 
@@ -120,7 +120,7 @@ class _Writer:
         """Write it once, in at most so many seconds; what goes wrong is said, and said once."""
         problem = self._attempt(LONGEST if longest is None else longest)
         if problem and problem != self._told:
-            say(f"WARNING: the report: {problem}")
+            warn(f"the report: {problem}")
         self._told = problem or self._told
 
     def _attempt(self, longest: float) -> str | None:

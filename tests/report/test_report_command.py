@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from helpsteer_rloo import cli
 from helpsteer_rloo.commands.report import collected
 from helpsteer_rloo.display import live_report as reporting
+from helpsteer_rloo.display.console import speaking_to
 from helpsteer_rloo.display.live_report import reported
 from helpsteer_rloo.preemption import Stopped
 from helpsteer_rloo.report.page import render
@@ -126,6 +128,18 @@ def test_a_report_that_fails_is_a_warning_said_once(run, reporting_on, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("WARNING: the report: --output") == 1
     assert "report.html is a directory" in out
+
+
+def test_a_pipe_in_the_reports_place_is_a_warning_in_a_quiet_run_too_and_no_report(run, reporting_on, capsys):
+    os.mkfifo(run / "report.html")
+    with speaking_to(Console(), quiet=True), reported(RunDir(run)):
+        pass
+    assert "WARNING: the report: " in capsys.readouterr().out
+    with reported(RunDir(run)):
+        pass
+    out = capsys.readouterr().out
+    assert "report.html is a pipe" in " ".join(out.split())
+    assert "The report: " not in out
 
 
 def test_a_file_that_the_last_report_lacks_is_a_warning(run, reporting_on, capsys):
@@ -259,7 +273,7 @@ def test_the_last_report_of_a_run_that_was_stopped_is_given_up_soon(run, reporti
     popen, told = subprocess.Popen, []
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(subprocess, "Popen", lambda _, **more: popen(sleep, **more))
-    monkeypatch.setattr(reporting, "say", told.append)
+    monkeypatch.setattr(reporting, "warn", told.append)
 
     def end():
         finish(run, "another", {})
@@ -268,4 +282,4 @@ def test_the_last_report_of_a_run_that_was_stopped_is_given_up_soon(run, reporti
     with pytest.raises(type(error)), reported(RunDir(run)):
         end()
     limit = "0.1" if capped else "0.4"
-    assert told == [f"WARNING: the report: it was given up after {limit} seconds."]
+    assert told == [f"the report: it was given up after {limit} seconds."]
