@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Generator
@@ -14,22 +15,30 @@ _BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"
 """Variables of the environment; transformers, when it is imported, does as the hub's says."""
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 """Of a pipe whose reader has ended, and of a terminal that is gone."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Of a file whose disk, or whose user's share of it, is full."""
 
 
 class _LastingFile(io.FileIO):
     """A descriptor that becomes the null device, once and for good, when nobody reads any more what is written.
 
+    The same where the disk is full, which is said on standard error. A pipe that does not block is waited for.
+
     The descriptor itself is replaced, so that it is silent for libraries in C and for child processes too.
     """
 
     def write(self, content: Any, /) -> int | None:
-        """Write what can be written; what nobody reads counts as written."""
+        """Write what can be written; what nobody reads, or nothing has room for, counts as written."""
         try:
-            return super().write(content)
+            while (written := super().write(content)) is None:  # it does not block, and is full
+                _wait_for_room(self.fileno())
+            return written
         except OSError as error:
-            if error.errno not in _NOBODY_READS:
+            if error.errno not in (*_NOBODY_READS, *_FULL):
                 raise
             _silence(self.fileno())
+            if error.errno in _FULL:
+                _tell(f"WARNING: what is printed is left out from here on: {error.strerror}.")
             return memoryview(content).nbytes
 
 
@@ -91,6 +100,19 @@ def ended_by_readers() -> Generator[None]:
         with contextlib.suppress(OSError):  # from a stream that has no descriptor
             _silence(sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _wait_for_room(descriptor: int) -> None:
+    """Wait until something can be written, or the reader has ended."""
+    room = select.poll()  # select() takes no descriptor above 1023
+    room.register(descriptor, select.POLLOUT)
+    room.poll()
+
+
+def _tell(message: str) -> None:
+    """Say something on standard error past its stream, which may be what is being written; if it can be said."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
 
 
 def _silence(descriptor: int) -> None:

@@ -78,6 +78,44 @@ def test_a_run_goes_on_without_readers(mode, tmp_path):
     assert (tmp_path / "err").read_text() == (tmp_path / "out").read_text() == "done"
 
 
+@pytest.mark.parametrize("mode", ["json", "plain"])
+def test_a_run_goes_on_where_the_disk_is_full_and_says_so_once(mode, tmp_path):
+    with open("/dev/full", "wb") as full, (tmp_path / "log").open("w") as log:
+        assert acted(mode, tmp_path / "out", out=full, err=log) == 0
+        assert acted(mode, tmp_path / "both", out=full, err=full) == 0
+    assert (tmp_path / "out").read_text() == (tmp_path / "both").read_text() == "done"
+    said = (tmp_path / "log").read_text()
+    assert said.count("left out from here on: No space left on device") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("mode", ["json", "plain"])
+def test_a_pipe_that_does_not_block_is_waited_for(mode, tmp_path):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    command = [sys.executable, "-c", ACTED, mode, str(tmp_path / "target")]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=writer, stderr=log) as process,
+        open(reader, "rb") as read,
+    ):
+        while True:  # until it is full; the run has written nothing or little yet
+            try:
+                os.write(writer, b"\n" * 4096)
+            except BlockingIOError:
+                break
+        os.close(writer)
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        said = read.read().decode()
+        assert process.wait(60) == 0
+    assert ("step 49 xxx" if mode == "plain" else '"event": "summary"') in said
+    assert said.splitlines()[-1] == "after"
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_a_file_that_is_opened_is_never_a_closed_standard_stream(tmp_path):
     code = f"""
 import os, sys
