@@ -5,12 +5,13 @@ A policy that goes on against a reward model comes to where the reward rises and
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from helpsteer_rloo.run_dir import read_steps
+from helpsteer_rloo.run_dir import read_steps, step_file
 from helpsteer_rloo.statistics import Estimate, mean
 
 IN_A_ROW = 2
@@ -72,14 +73,40 @@ class Watched:
 
 COLUMNS = ("reward", "guard", "kl", "surprise", "length", "ended")
 """Of a row of a measurement, as it is written down: a completion's part of `Watched`."""
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "length": ((int,), "a whole number"),
+    "ended": ((bool,), "true or false"),
+}
+"""Of columns that are not numbers of any kind."""
+_MAY_LACK = ("reward", "guard")
+"""Columns that may hold null."""
 
 
 def watched(step: int, rows: Sequence[Mapping[str, Any]]) -> Watched:
-    """The measurement of a step from its rows."""
+    """The measurement of a step from its rows.
+
+    Raises:
+        ValueError: a row lacks a column, or has something else in one.
+    """
+    for number, row in enumerate(rows, start=1):
+        _check(row, f"line {number}")
     columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in COLUMNS}
     if all(score is None for score in columns["guard"]):
         columns["guard"] = None
     return Watched(step, **columns)
+
+
+def _check(row: object, place: str) -> None:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{place}: expected an object")
+    content = cast(Mapping[str, object], row)
+    for name in COLUMNS:
+        value = content.get(name)
+        if name in _MAY_LACK and name in content and value is None:
+            continue
+        kinds, expected = _KINDS.get(name, ((int, float), "a finite number"))
+        if type(value) not in kinds or not abs(cast(float, value)) <= sys.float_info.max:  # whole ones may be larger
+            raise ValueError(f"{place}: field {name!r}: expected {expected}")
 
 
 def average(values: Sequence[float | None]) -> float:
@@ -102,12 +129,17 @@ def read_watched(directory: Path) -> list[Watched]:
     """What was measured along a run, in the order of the steps.
 
     Raises:
-        ValueError: a file is damaged, or a row lacks a number.
+        ValueError: a file is damaged, a row lacks a number, or a step has another number of rows than the first.
     """
-    try:
-        return [watched(step, rows) for step, rows in read_steps(directory).items() if rows]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory}: a row has no {error}") from None
+    found: list[Watched] = []
+    for step, rows in read_steps(directory).items():
+        try:
+            if found and rows and len(rows) != len(found[0].kl):
+                raise ValueError(f"{len(rows)} lines, where step {found[0].step} has {len(found[0].kl)}")
+            found += [watched(step, rows)] if rows else []
+        except ValueError as error:
+            raise ValueError(f"{step_file(directory, step)} is damaged ({error}).") from None
+    return found
 
 
 def best_of(history: Sequence[Watched], max_kl: float | None = None) -> Watched:

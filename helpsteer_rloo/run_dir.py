@@ -249,6 +249,11 @@ def read_record(path: Path, kinds: Mapping[str, type | tuple[type, ...]]) -> dic
     return record
 
 
+def step_file(directory: Path, step: int) -> Path:
+    """Where the rows of an optimizer step are."""
+    return directory / f"step-{step:06d}.jsonl.gz"
+
+
 def read_steps(directory: Path) -> dict[int, list[dict[str, Any]]]:
     """The rows of all files `step-<optimizer step>.jsonl.gz` of a directory, in the order of the steps.
 

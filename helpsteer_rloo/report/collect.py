@@ -319,7 +319,7 @@ class _Reader:
         return Policy(
             log=self.log(directory),
             watched=seen,
-            alarms=_alarms(seen, setting(settings, "rloo", "max_kl")),
+            alarms=self.part(lambda: _alarms(seen, setting(settings, "rloo", "max_kl"))) or (),
             verdict=ended.verdict,
             action=ended.action,
             rolled_back_to=ended.rolled_back_to,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.run_dir import json_lines, read_steps, write_bytes
+from helpsteer_rloo.run_dir import json_lines, read_steps, step_file, write_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def write_rollout(directory: Path, step: int, entries: Iterable[Entry]) -> Path:
 def write_step(directory: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write the rows of an optimizer step as JSON lines, atomically."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{step:06d}.jsonl.gz"
+    path = step_file(directory, step)
     write_bytes(path, gzip.compress(json_lines(rows).encode("utf-8", "surrogatepass"), mtime=0))
     return path
 

@@ -1,5 +1,6 @@
 """A run's directory is read as far as it has come, and what is wrong with a file is said with its name and field."""
 
+import gzip
 import json
 import math
 import os
@@ -135,6 +136,27 @@ def test_an_archive_that_is_damaged_in_its_middle_is_named(run):
     path.write_bytes(content)
     (problem,) = read(run).problems
     assert problem.startswith("policy/watch/step-000000.jsonl.gz is damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"guard": "x"}, "line 4: field 'guard': expected a finite number"),
+        ({"guard": 10**400}, "line 4: field 'guard': expected a finite number"),
+        ({"kl": None}, "line 4: field 'kl': expected a finite number"),
+        ({"length": 2.5}, "line 4: field 'length': expected a whole number"),
+        ({"ended": 1}, "line 4: field 'ended': expected true or false"),
+        (None, "3 lines, where step 0 has 4"),
+    ],
+)
+def test_a_damaged_measurement_of_the_policy_is_named_with_its_line(run, change, says):
+    path = run / "policy" / "watch" / "step-000010.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    rows[3:] = [] if change is None else [{**rows[3], **change}]
+    path.write_bytes(gzip.compress(json_text(rows).encode()))
+    found = read(run)
+    assert found.problems == (f"policy/watch/step-000010.jsonl.gz is damaged ({says}).",)
+    assert found.policy.log.last_step == 50
 
 
 def test_the_whole_lines_of_a_damaged_file_of_samples_are_shown(run):
