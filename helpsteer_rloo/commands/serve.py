@@ -33,7 +33,10 @@ class ServeKnobs:
     request_tokens: int = field(default=65_536, metadata={"help": "Most tokens of a request; more is refused (400)."})
     queue_tokens: int = field(default=262_144, metadata={"help": "Most tokens that wait; more is refused (429)."})
     body_megabytes: float = field(default=2.0, metadata={"help": "Largest body of a request; more is refused (413)."})
-    timeout: float = field(default=60.0, metadata={"help": "Seconds after which a request is given up (504)."})
+    timeout: float = field(
+        default=60.0,
+        metadata={"help": "Seconds after which a request is given up: its body (408), or its score (504)."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Responses scored in one forward pass."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the reward model."})
 

@@ -15,6 +15,7 @@ from helpsteer_rloo.serving.errors import RequestError, add_error_handlers, refu
 from helpsteer_rloo.serving.metrics import Metrics
 from helpsteer_rloo.serving.protocols import Reader
 from helpsteer_rloo.serving.service import Limits, Service
+from helpsteer_rloo.serving.waiting import BodyDeadline, EndedByServer
 
 OPEN_PATHS = ("/health",)
 """What needs no token."""
@@ -53,7 +54,9 @@ def build_app(name: str, score: Score, renderer: Renderer, limits: Limits, token
     )
     app.state.batcher = batcher
     _add_routes(app, Service(name, batcher, Reader(renderer, limits.max_length), limits, metrics), metrics)
+    app.add_middleware(BodyDeadline, seconds=limits.timeout)  # the first is the innermost
     _watch_requests(app, metrics, token)
+    app.add_middleware(EndedByServer)
     add_error_handlers(app)
     return app
 

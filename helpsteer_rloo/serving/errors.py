@@ -5,6 +5,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+_HEADERS = {408: {"Connection": "close"}, 429: {"Retry-After": "1"}}
+"""Of answers by their status. After one to half a request there can be no other on its connection."""
+
 
 class RequestError(Exception):
     """A request that is not answered: HTTP status, message, the parameter it is about, and a code."""
@@ -26,7 +29,7 @@ def refused(error: RequestError) -> JSONResponse:
     """The answer to such a request."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     content = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return JSONResponse({"error": content}, error.status, {"Retry-After": "1"} if error.status == 429 else None)
+    return JSONResponse({"error": content}, error.status, _HEADERS.get(error.status))
 
 
 async def _on_request_error(_: Request, error: Exception) -> Response:
