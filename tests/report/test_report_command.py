@@ -273,7 +273,7 @@ def test_the_last_report_of_a_run_that_was_stopped_is_given_up_soon(run, reporti
     popen, told = subprocess.Popen, []
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(subprocess, "Popen", lambda _, **more: popen(sleep, **more))
-    monkeypatch.setattr(reporting, "say", told.append)
+    monkeypatch.setattr(reporting, "warn", told.append)
 
     def end():
         finish(run, "another", {})
@@ -282,4 +282,4 @@ def test_the_last_report_of_a_run_that_was_stopped_is_given_up_soon(run, reporti
     with pytest.raises(type(error)), reported(RunDir(run)):
         end()
     limit = "0.1" if capped else "0.4"
-    assert told == [f"WARNING: the report: it was given up after {limit} seconds."]
+    assert told == [f"the report: it was given up after {limit} seconds."]
