@@ -413,7 +413,7 @@ def test_a_reward_model_of_another_rendering_is_refused(finished, command, tmp_p
         (["--rloo.rloo_k=3"], "no multiple of --rloo.rloo_k 3"),
         (["--rloo.response_length=90"], "--rloo.response_length 90 leaves 6 tokens for the prompt"),
         (["--rloo.temperature=0"], "--rloo.temperature is 0.0; expected more than 0."),
-        (["--reward_epochs=-1"], "--reward.num_train_epochs is -1.0; expected more than 0."),
+        (["--reward_epochs=-1"], "--reward_epochs is -1.0; expected more than 0 and at most"),
         (["--reward_batch_size=0"], "--reward.per_device_train_batch_size is 0; expected at least 1."),
         (["--evaluation_batch_size=0"], "--evaluation_batch_size is 0; expected at least 1."),
         (["--seed=-1"], "--seed is -1; expected 0 or more."),

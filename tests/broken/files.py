@@ -118,7 +118,7 @@ CASES = [
     named("nothing_there", "./absent.jsonl", "--dataset_name ./absent.jsonl: no such file or directory"),
     named("a_word", "preferences", "--dataset_name preferences: no such file or directory"),
     named("a_name_too_long", "a" * 5000, "--dataset_name aaa", "no such file or directory"),
-    named("the_null_device", "/dev/null", "--dataset_name /dev/null: no such file or directory"),
+    named("the_null_device", "/dev/null", "--dataset_name /dev/null: is a pipe or a device"),
     at("an_empty_directory", lambda folder: None, "{root}/set: no file of rows here", "Look at --dataset_name"),
     at("files_of_another_kind", lambda folder: (folder / "data.arrow").write_bytes(b"x"), "no file of rows here"),
     at("directories_where_files_are_expected", lambda folder: (folder / "train.jsonl").mkdir(), "no file of rows here"),
