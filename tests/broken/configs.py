@@ -15,7 +15,9 @@ def missing(command: str) -> Broken:
 CASES = [
     missing("pipeline"),
     missing("demo"),
-    Broken("a_directory", "rloo", lambda place: ["--config", str(place.root)], ("{root} is a directory, where a file is expected",), USAGE),
+    Broken(
+        "a_directory", "rloo", lambda place: ["--config", str(place.root)], ("{root} is a directory, where",), USAGE
+    ),
     yaml_case("no_yaml", "rloo", "seed: [1,", "not valid YAML"),
     yaml_case("a_tab_for_indentation", "pipeline", "reward:\n\tseed: 1\n", "not valid YAML"),
     yaml_case("utf_16", "rloo", "seed: 1\n".encode("utf-16"), "cannot read the configuration file"),

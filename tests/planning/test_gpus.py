@@ -49,7 +49,9 @@ def test_a_gpu_is_known_by_what_it_is_called(name, known):
     ],
 )
 def test_another_gpu_is_refused_with_the_nearest_known(name, says):
-    with pytest.raises(ValueError, match="--gpu_memory_gb, and to be told times --tflops and --bandwidth_gbs") as raised:
+    with pytest.raises(
+        ValueError, match="--gpu_memory_gb, and to be told times --tflops and --bandwidth_gbs"
+    ) as raised:
         known_gpu(name)
     assert says in str(raised.value)
 
