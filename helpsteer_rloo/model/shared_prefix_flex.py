@@ -14,6 +14,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from helpsteer_rloo.packing import Span
 
+KERNELS = 64
+"""Kinds of calls that may be compiled for, such as with and without gradients, in each dtype, for rows of one block and
+of several. Beyond its own limit of 8, PyTorch would go on uncompiled, with the scores of all pairs of tokens in memory.
+"""
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
     """Attention over one packed row: each prompt causal, each continuation to its prompt and causally to itself.
@@ -28,10 +33,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
     Returns:
         `[1, heads, T, head size]`.
     """
-    attention = _compiled() if query.is_cuda else flex_attention
+    attention = compiled() if query.is_cuda else flex_attention
     mask = row_mask(tuple(spans), query.device)
     grouped = query.shape[1] != key.shape[1]
-    return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+    with torch.autocast(query.device.type, enabled=False):  # of one dtype in any case, and one kind of call less
+        return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 @lru_cache(maxsize=16)
@@ -66,5 +72,7 @@ def segments(spans: Sequence[Span]) -> Tensor:
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention)
+def compiled(backend: str = "inductor") -> Any:
+    """Flex attention as a kernel, compiled anew for every kind of call, and a second and third time as lengths vary."""
+    torch.compiler.config.recompile_limit = max(KERNELS, torch.compiler.config.recompile_limit)
+    return torch.compile(flex_attention, backend=backend)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from helpsteer_rloo.model.attention import dense_mask
-from helpsteer_rloo.model.shared_prefix_flex import attend, mask_function, row_mask
+from helpsteer_rloo.model.shared_prefix_flex import attend, compiled, mask_function, row_mask
 from helpsteer_rloo.packing import Span
 
 CPU = torch.device("cpu")
@@ -76,3 +76,17 @@ def test_the_mask_is_built_once_a_row():
     spans = spans_of(ROWS["tiny"])
     assert row_mask(spans, CPU) is row_mask(spans_of(ROWS["tiny"]), CPU)
     assert not row_mask(spans, CPU).kv_num_blocks.is_inference()
+
+
+def test_every_kind_of_call_is_compiled_for():
+    with torch.compiler.config.patch(fail_on_recompile_limit_hit=True):
+        attention = compiled(backend="eager")
+        for dtype, error in ((torch.float32, 1e-5), (torch.float64, 1e-9), (torch.bfloat16, 2e-2)):
+            for gradients in (False, True):
+                for prompt in (300, 310, 900, 20):  # other lengths, other numbers of blocks, one block
+                    spans = spans_of([(prompt, (7, 5))])
+                    query = torch.randn(1, 2, spans[-1].end, 16, dtype=dtype)
+                    with torch.set_grad_enabled(gradients):
+                        out = attention(query, query, query, block_mask=row_mask(spans, CPU))
+                    exact = scaled_dot_product_attention(query, query, query, attn_mask=dense_mask(spans))
+                    torch.testing.assert_close(out, exact, rtol=error, atol=error)
