@@ -48,6 +48,15 @@ class Elsewhere(torch.Tensor):
         tensor.held = held
         return tensor
 
+    @property
+    def data(self) -> torch.Tensor:
+        """The same values without a gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "Elsewhere") -> None:
+        self.held = other.held
+
     def tolist(self) -> Any:
         """As any tensor's."""
         return self.held.tolist()
