@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,3 +92,15 @@ def test_every_kind_of_call_is_compiled_for():
                         out = attention(query, query, query, block_mask=row_mask(spans, CPU))
                     exact = scaled_dot_product_attention(query, query, query, attn_mask=dense_mask(spans))
                     torch.testing.assert_close(out, exact, rtol=error, atol=error)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler of C++")
+def test_the_compiled_kernel_is_right_as_lengths_vary():
+    for prompt, lengths in ((900, (300, 243)), (1200, (262,)), (40, (17, 5)), (1500, (200, 52))):
+        spans = spans_of([(prompt, lengths), (30, (9,))])
+        query, key, value = (torch.randn(1, heads, spans[-1].end, 32) for heads in (4, 2, 2))
+        with torch.no_grad():
+            out = compiled()(query, key, value, block_mask=row_mask(spans, CPU), enable_gqa=True)
+        exact = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(spans), enable_gqa=True)
+        torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
