@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from helpsteer_rloo.settings.flags import Flag, FlagValue, own_flags, trl_flags, unknown_name
+from helpsteer_rloo.settings.flags import Flag, FlagValue, nearest_name, own_flags, trl_flags, unknown_name
 from helpsteer_rloo.settings.knobs import DEFAULT_MODEL, PipelineKnobs, PlanKnobs, RewardKnobs, RLOOKnobs
 
 if TYPE_CHECKING:
@@ -75,11 +75,14 @@ class CommandSpec(Generic[Knobs]):
         """The message for a name that is not a flag of this command."""
         if name in self.refused:
             return f"{name} cannot be set here: {self.refused[name]}"
-        if issubclass(self.knobs, PipelineKnobs):
-            stages = [stage for stage, command in SECTIONS.items() if name in command.flag_names()]
-            if stages:
-                return f"{name} belongs to a stage: give " + " or ".join(f"--{stage}.{name}" for stage in stages)
         known = [*self.flag_names(), *(["config"] if what == "flag" else [])]
+        if issubclass(self.knobs, PipelineKnobs):
+            of_stages = {flag for command in SECTIONS.values() for flag in command.flag_names()} - set(known)
+            meant = name if name in of_stages else nearest_name(name, [*known, *sorted(of_stages)])
+            stages = [stage for stage, command in SECTIONS.items() if meant in of_stages & set(command.flag_names())]
+            if stages:
+                found = f"{name} belongs" if meant == name else f"unknown {what} {name!r}; {meant} belongs"
+                return f"{found} to a stage: give " + " or ".join(f"--{stage}.{meant}" for stage in stages)
         return unknown_name(name, known, what)
 
     def resolve(self, *layers: Mapping[str, FlagValue], source: str = "configuration") -> Settings[Knobs]:

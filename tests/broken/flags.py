@@ -20,6 +20,9 @@ CASES = [
     case("misspelt", "reward-model", ["--lora_alfa", "8"], "unknown flag 'lora_alfa'; did you mean 'lora_alpha'?"),
     case("misspelt_with_dashes", "rloo", ["--kl-coeff=1"], "unknown flag 'kl_coeff'; did you mean 'kl_coef'?"),
     case("misspelt_in_a_stage", "pipeline", ["--rloo.rlo_k", "4"], "unknown flag 'rlo_k'; did you mean 'rloo_k'?"),
+    case(
+        "misspelt_without_its_stage", "pipeline", ["--lerning_rate=1"], "give --reward.learning_rate or --rloo.learning"
+    ),
     case("of_no_stage", "pipeline", ["--reword.seed", "4"], "unknown flag 'reword.seed'"),
     case("of_a_stage_without_its_name", "pipeline", ["--learning_rate", "1"], "give --reward.learning_rate"),
     case("misspelt_for_the_data", "data", ["--langauge", "all"], "did you mean 'language'?"),
