@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Options:
     only: str
     huge_pages: bool
     output: Path | None
+    published: list[str] = field(default_factory=list[str])
+    """Names of the rows that are measured so far."""
 
 
 def parse(description: str, argv: Sequence[str] | None = None) -> Options:
@@ -57,6 +59,11 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Options:
         parser.error("--pairs, --steps and --threads are at least 1")
     if given.quick:
         given.pairs = given.steps = 1
+    if given.output:
+        try:
+            given.output.open("a", encoding="utf-8").close()
+        except OSError as error:
+            parser.error(f"--output: nothing can be written there: {error}")
     return Options(**vars(given))
 
 
@@ -64,7 +71,7 @@ def selected(specs: Sequence[Spec], options: Options) -> list[Spec]:
     """The rows that `--only` leaves, with `--quick` the first of them, told the steps and seed to use."""
     found = [spec for spec in specs if options.only in spec["name"]]
     common = {"steps": options.steps, "seed": options.seed, "quick": options.quick}
-    suffix = "-huge-pages" if options.huge_pages else ""
+    suffix = "-huge-pages" * options.huge_pages + "-quick" * options.quick
     return [spec | common | {"name": spec["name"] + suffix} for spec in (found[:1] if options.quick else found)]
 
 
@@ -196,6 +203,7 @@ def require_equal(what: str, ours: Sequence[float], trl: Sequence[float], tolera
 
 def publish(row: Mapping[str, Any], options: Options) -> None:
     """Print a row as one JSON line, and append it to the file of `--output`."""
+    options.published.append(row["name"])
     line = json.dumps(row)
     print(line, flush=True)
     if options.output:
@@ -206,8 +214,13 @@ def publish(row: Mapping[str, Any], options: Options) -> None:
 def main(description: str, benchmark: Callable[[Options], None], argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run a benchmark."""
     options = parse(description, argv)
-    say(f"{description} ({', '.join(f'{key}={value}' for key, value in asdict(options).items())})")
+    given = {key: value for key, value in asdict(options).items() if key != "published"}
+    say(f"{description} ({', '.join(f'{key}={value}' for key, value in given.items())})")
+    if options.quick:
+        say("--quick shows that it runs; its sizes are tiny, and its numbers mean nothing.")
     benchmark(options)
+    if not options.published:
+        sys.exit(f"error: --only {options.only!r} is in no row's name; the tables of docs/performance.md have them.")
 
 
 def say(text: str) -> None:

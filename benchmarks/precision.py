@@ -17,10 +17,18 @@ from benchmarks.harness import Options
 PROMPTS = (1, 24, 130, 200)
 CONTINUATIONS = ((3, 40), (1, 60, 25, 90), (40, 2, 33, 5), (120,))
 DTYPES = ("float32", "bfloat16")
+QUANTITIES = ("log-probabilities", "entropies", "scores", "gradients")
 
 
 def benchmark(options: Options) -> None:
     """One row for each type and quantity."""
+    names = {dtype: {quantity: f"precision/{dtype} {quantity}" for quantity in QUANTITIES} for dtype in DTYPES}
+    wanted = [dtype for dtype, found in names.items() if any(options.only in name for name in found.values())]
+    if wanted:
+        _measure(wanted, names, options)
+
+
+def _measure(dtypes: list[str], names: dict[str, dict[str, str]], options: Options) -> None:
     import torch
 
     from benchmarks import measure, models
@@ -28,10 +36,9 @@ def benchmark(options: Options) -> None:
     torch.set_num_threads(options.threads)
     shape = models.TINY if options.quick else models.STANDARD
     groups = _groups(shape.vocabulary, options.seed)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for quantity, values in _differences(shape, getattr(torch, dtype), groups, options.seed).items():
-            name = f"precision/{dtype} {quantity}"
-            if options.only in name:
+            if options.only in (name := names[dtype][quantity]):
                 circumstances = {"threads": options.threads, "seed": options.seed, "quick": options.quick}
                 harness.publish({"name": name, **values, **circumstances, "versions": measure.versions()}, options)
 
@@ -97,8 +104,8 @@ def _results(model: Any, groups: Any, head: Any, passes: Callable[[Any, Any], tu
     scores = last_BD.to(wide) @ head.to(wide)
     (log_probs.mean() + scores.mean()).backward()
     gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    found = {"log-probabilities": log_probs, "entropies": entropies, "scores": scores, "gradients": gradients}
-    return {name: values.detach() for name, values in found.items()}
+    found = (log_probs, entropies, scores, gradients)
+    return {name: values.detach() for name, values in zip(QUANTITIES, found, strict=True)}
 
 
 def _plain(model: Any, groups: Any) -> tuple[Any, Any, Any]:

@@ -5,7 +5,7 @@
 
 A table stands between `<!-- benchmarks: NAME -->` and `<!-- end -->`, where NAME is the part of the rows' names before
 the slash; what stood there before is replaced. Without a document, the tables are printed. Where a row was measured
-more than once, the last one counts; rows of `--quick` are left out.
+more than once, the last one counts; rows of `--quick` are left out, and so is what the document has no place for.
 """
 
 import argparse
@@ -142,10 +142,17 @@ COLUMNS: dict[str, list[Column]] = {
 
 
 def read_rows(lines: Iterable[str]) -> dict[str, list[Row]]:
-    """Rows by benchmark, in the order in which their names came first."""
+    """Rows by benchmark, in the order in which their names came first.
+
+    Raises:
+        ValueError: a line is no JSON.
+    """
     newest: dict[str, Row] = {}
-    for line in lines:
-        row = json.loads(line)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"Line {number} of the results is no JSON: {error}") from None
         if not row["quick"]:
             newest[row["name"]] = row
     found: dict[str, list[Row]] = {}
@@ -174,16 +181,16 @@ def _circumstances(rows: Sequence[Row]) -> str:
 
 
 def fill(document: str, rows: dict[str, list[Row]]) -> str:
-    """The document with the table of every benchmark that was measured between its markers.
+    """The document with the table of every benchmark that was measured between its markers, if it has such.
 
     Raises:
-        ValueError: a benchmark has no markers in the document, or markers name none.
+        ValueError: no benchmark has markers in the document, or markers name none.
     """
     marked = {match["name"] for match in MARKED.finditer(document)}
     if unknown := marked - set(COLUMNS):
         raise ValueError(f"The document has markers of unknown benchmarks: {sorted(unknown)}.")
-    if missing := set(rows) - marked:
-        raise ValueError(f"The document has no markers for {sorted(missing)}.")
+    if marked.isdisjoint(rows):
+        raise ValueError(f"The document has no markers for any of {sorted(rows)}.")
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"]
@@ -198,11 +205,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="file with one JSON line a row")
     parser.add_argument("document", type=Path, nargs="?", help="document whose tables are replaced")
     given = parser.parse_args(argv)
-    rows = read_rows(given.results.read_text(encoding="utf-8").splitlines())
-    if given.document is None:
-        print("\n".join(f"## {name}\n\n{table(name, found)}" for name, found in rows.items()))
-        return
-    given.document.write_text(fill(given.document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    try:
+        rows = read_rows(given.results.read_text(encoding="utf-8").splitlines())
+        if not rows:
+            raise ValueError(f"{given.results} holds no measured row (those of --quick are none).")
+        if given.document is None:
+            print("\n".join(f"## {name}\n\n{table(name, found)}" for name, found in rows.items()))
+            return
+        document = fill(given.document.read_text(encoding="utf-8"), rows)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    given.document.write_text(document, encoding="utf-8")
 
 
 if __name__ == "__main__":

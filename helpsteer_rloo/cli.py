@@ -17,6 +17,8 @@ from helpsteer_rloo.processes import process_count
 from helpsteer_rloo.settings.knobs import EngineKnobs
 
 INTERRUPTED = 130
+DEMO_THREADS = 2
+"""Most threads of the demo, unless OMP_NUM_THREADS asks for others."""
 
 _NOISE = (
     ".*pin_memory.*no accelerator is found",
@@ -125,6 +127,9 @@ def run_demo(argv: list[str] | None = None) -> None:
     from helpsteer_rloo.commands.demo import parse_demo
 
     settings = parse_demo(argv)
+    # Its model has no use for more, which would spend their time waiting for each other; and as many threads everywhere
+    # add in one order everywhere.
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(DEMO_THREADS, os.cpu_count() or 1)))
 
     def work() -> None:
         run = settings.pipeline

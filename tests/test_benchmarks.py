@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import harness, models, profile, qwen3_8b, tables
+from benchmarks import harness, models, precision, profile, qwen3_8b, rloo_step, tables, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
@@ -239,12 +239,41 @@ def test_the_share_of_the_gemm_rate_is_given_by_pass():
     assert "policy 75 % (50 %)" in tables.table("rloo_step", rows["rloo_step"])
 
 
-def test_a_benchmark_without_markers_and_unknown_markers_are_refused():
-    rows = tables.read_rows([line("rloo_step/row")])
-    with pytest.raises(ValueError, match=r"no markers for \['rloo_step'\]"):
+def test_a_document_without_markers_and_unknown_markers_are_refused():
+    rows = tables.read_rows([line("rloo_step/row"), line("precision/row")])
+    with pytest.raises(ValueError, match=r"no markers for any of \['precision', 'rloo_step'\]"):
         tables.fill("nothing\n", rows)
+    assert "| row |" in tables.fill("<!-- benchmarks: rloo_step -->\n<!-- end -->\n", rows)
     with pytest.raises(ValueError, match=r"unknown benchmarks: \['rlo'\]"):
         tables.fill("<!-- benchmarks: rlo -->\n<!-- end -->\n", rows)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (None, "No such file"),
+        ([line("rloo_step/row"), "{"], "Line 2 of the results is no JSON"),
+        ([line("rloo_step/row", quick=True)], "no measured row"),
+    ],
+)
+def test_results_that_are_none_are_told(lines, told, tmp_path, capsys):
+    if lines is not None:
+        (tmp_path / "results.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        tables.main([str(tmp_path / "results.jsonl")])
+    assert told in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        harness.parse("Benchmark", ["--output", str(tmp_path / "nowhere" / "x.jsonl")])
+    assert "--output: nothing can be written there" in capsys.readouterr().err
+
+
+def test_a_name_that_no_row_has_is_told():
+    for benchmark in (vocabulary.benchmark, precision.benchmark, rloo_step.benchmark):
+        with pytest.raises(SystemExit, match="--only 'nonsense' is in no row's name"):
+            harness.main("Benchmark", benchmark, ["--only", "nonsense"])
 
 
 # ---- the whole thing ------------------------------------------------------------------------------------------------
