@@ -241,7 +241,7 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def _set_aside(stage: Stage, say: Say) -> None:
-    """Move the result of an earlier execution, and what belongs to it, out of the way."""
+    """Move what an earlier execution made, if that is anything, and what belongs to it out of the way."""
     for path in (stage.directory, *stage.companions):
-        if path is not None and path.is_dir() and any(path.iterdir()):
+        if path is not None and path.is_dir() and any(entry.name != STAGE_MARKER for entry in path.iterdir()):
             say(f"The earlier result in {path} is kept as {set_aside(path)}.")

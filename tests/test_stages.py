@@ -211,6 +211,15 @@ def test_an_interrupted_stage_with_changed_inputs_starts_anew_even_before_its_fi
     assert (world.root / "model.previous" / "logs").exists()
 
 
+def test_of_a_stage_that_made_nothing_nothing_is_kept(world):
+    world.leftovers = []
+    world.interrupt("model")
+    world.inputs["model"]["rate"] = 0.2
+    assert world.go() == ["model", "report"]
+    assert not any("is kept as" in line for line in world.said)
+    assert not (world.root / "model.previous").exists()
+
+
 def test_an_earlier_result_is_kept_beside_the_new_one(world):
     world.go()
     world.inputs["model"]["rate"] = 0.2

@@ -33,6 +33,13 @@ _TRACKERS = {
 """What `--report_to` takes, with the package that each of them needs."""
 _LARGEST_SEED = 2**32 - 1
 """NumPy takes no larger one."""
+_PACKAGES = {
+    "load_in_4bit": "bitsandbytes",
+    "load_in_8bit": "bitsandbytes",
+    "use_liger_kernel": "liger-kernel",
+    "use_vllm": "vllm",
+}
+"""Flags that need a package which the project does not."""
 _POSITIVE = ("num_train_epochs", "learning_rate", "temperature", "save_steps", "eval_steps", "logging_steps")
 
 
@@ -57,6 +64,8 @@ def check_training(settings: Settings[Any]) -> None:
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise ValueError(f"--{name} is {value}; expected a finite number.")
     _check_choices(settings.trl)
+    _check_quantization(settings.trl)
+    _check_packages(settings.trl)
 
 
 _NO_COUNTS = ("seed", "data_seed")
@@ -89,6 +98,27 @@ def _check_choices(trl: Mapping[str, Any]) -> None:
         raise ValueError("--bf16 and --fp16 exclude each other; give one of them or neither.")
 
 
+def _check_quantization(trl: Mapping[str, Any]) -> None:
+    given = [flag for flag in ("load_in_4bit", "load_in_8bit") if trl.get(flag)]
+    if len(given) > 1:
+        raise ValueError("--load_in_4bit and --load_in_8bit exclude each other; give one of them or neither.")
+    if given and not trl.get("use_peft"):
+        raise ValueError(f"--{given[0]}: a base in 4 or 8 bits is trained by LoRA alone: give --use_peft with it.")
+
+
+def _check_packages(trl: Mapping[str, Any]) -> None:
+    for flag, package in _PACKAGES.items():
+        if trl.get(flag):
+            _require(f"--{flag}", package)
+    if trl.get("attn_implementation") == "flash_attention_2":
+        _require("--attn_implementation flash_attention_2 (packed rows have no use for it)", "flash-attn")
+
+
+def _require(flag: str, package: str) -> None:
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise ValueError(f"{flag} needs the package {package}, which is not installed here: pip install {package}.")
+
+
 def _check_trackers(report_to: Any) -> None:
     for tracker in [report_to] if isinstance(report_to, str) else report_to or ():
         if tracker in ("none", "all"):
@@ -96,11 +126,7 @@ def _check_trackers(report_to: Any) -> None:
         if tracker not in _TRACKERS:
             raise ValueError(f"--report_to: {unknown_name(tracker, [*_TRACKERS, 'none', 'all'], 'tracker')}")
         package = _TRACKERS[tracker]
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"--report_to {tracker} needs the package {package}, which is not installed here: "
-                f"pip install {package}."
-            )
+        _require(f"--report_to {tracker}", package)
 
 
 def check_rloo(settings: Settings[RLOOKnobs]) -> None:
@@ -113,8 +139,6 @@ def check_rloo(settings: Settings[RLOOKnobs]) -> None:
     top_p = settings.trl.get("top_p")
     if isinstance(top_p, (int, float)) and not 0 < top_p <= 1:
         raise ValueError(f"--top_p is {top_p}; expected more than 0 and at most 1.")
-    if settings.trl.get("use_vllm") and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--use_vllm needs the package vllm, which is not installed here: pip install vllm.")
     _check_clip_range(settings.trl.get("reward_clip_range"))
     _check_watch(settings)
     own, trl, processes = settings.own, settings.trl, process_count()
