@@ -23,13 +23,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from helpsteer_rloo.model import shared_prefix_cpu, shared_prefix_flex, short_prefix_cpu
+from helpsteer_rloo.model.support import supports_shared_prefix
 from helpsteer_rloo.packing import Span
 
 SHARED_PREFIX = "shared_prefix"
-ARCHITECTURES = ("qwen3", "llama")
-"""Model types whose packed passes are tested against plain ones."""
-UNEVEN_ROTATIONS = ("dynamic", "longrope")
-"""Rotary embeddings that depend on the longest sequence of a call, and so on what a sequence is computed with."""
 
 
 class Cascade(Protocol):
@@ -147,16 +144,6 @@ def dense_mask(spans: Sequence[Span]) -> Tensor:
             allowed[own, prompt] = True
             allowed[own, own] = torch.ones(length, length, dtype=torch.bool).tril()
     return allowed
-
-
-def supports_shared_prefix(model: PreTrainedModel) -> bool:
-    """Whether a model is of an architecture that this attention was held to, with full attention in every layer."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or ()
-    full = all(layer == "full_attention" for layer in layers) and getattr(config, "sliding_window", None) is None
-    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    known = config.model_type in ARCHITECTURES and rotation not in UNEVEN_ROTATIONS
-    return known and full and bool(getattr(model, "_supports_attention_backend", False))
 
 
 def use_shared_prefix(model: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from helpsteer_rloo.model.fused_gates import FusedNetwork
 from helpsteer_rloo.model.fused_norms import FusedNorm
 from helpsteer_rloo.model.last_layer import NarrowLayer, NarrowNetwork
 from helpsteer_rloo.model.light_linears import Forward
+from helpsteer_rloo.model.shadowing import is_hooked
 
 Step = Callable[[Tensor, Tensor, Cascade], Tensor]
 """From ids `[R, 1]`, positions `[R, 1]` and what attends, to hidden states `[R, D]`."""
@@ -68,7 +69,7 @@ def _is_stock(body: Any) -> bool:
     return all(
         type(module) in (*_BODIES, *_KNOWN)
         and isinstance(module.__dict__.get("forward"), (*_SHADOWS, type(None)))
-        and not any((module._forward_hooks, module._forward_pre_hooks))
+        and not is_hooked(module)
         for module in passed
     )
 

@@ -1,7 +1,8 @@
 """Scores of sequences and groups, and log-probabilities of completions, in chunks.
 
 Neither padding nor packing changes a result: scores are read at the last real token by position, not by searching for
-the padding id, so a sequence that ends in that id is scored where it ends.
+the padding id, so a sequence that ends in that id is scored where it ends. (Padding does where a model's rotations
+depend on the longest sequence of a call, `helpsteer_rloo.model.support.UNEVEN_ROTATIONS`.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,14 @@ from transformers import PreTrainedModel
 
 from helpsteer_rloo.events import counted
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, use_shared_prefix
 from helpsteer_rloo.model.fused_attention import fuse_attention
 from helpsteer_rloo.model.fused_gates import fuse_gates
 from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.fused_norms import fuse_norms
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
 from helpsteer_rloo.model.last_layer import narrow_last_layer
+from helpsteer_rloo.model.support import looks_for_tokens, supports_shared_prefix
 from helpsteer_rloo.packing import PackedRow, Span, pack, split_group
 
 ROW_MULTIPLE = 16
@@ -72,10 +74,9 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
     weight = next(head.parameters())
     scores = [0.0] * len(sequences)
     for chunk in _by_length(sequences, batch_size):
-        input_ids_BT, mask_BT = pad_right([sequences[i] for i in chunk], weight.device)
-        hidden_BTD = body(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        hidden_BTD, _, mask_BT = _padded_hidden(body, [sequences[i] for i in chunk])
         last_B = mask_BT.sum(1) - 1
-        hidden_BD = hidden_BTD[torch.arange(len(chunk), device=weight.device), last_B]
+        hidden_BD = hidden_BTD[torch.arange(len(chunk), device=hidden_BTD.device), last_B]
         for index, score in zip(chunk, head(hidden_BD.to(weight.dtype)).float()[:, 0].tolist(), strict=True):
             scores[index] = score
     return scores
@@ -242,14 +243,26 @@ def _padded_log_probs(model: nn.Module, group: TokenGroup, temperature: float) -
     inner = base_model(model)
     head, start = inner.get_output_embeddings(), len(group.prompt_ids)
     sequences = [group.sequence(i) for i in range(len(group.continuation_ids))]
-    input_ids_BT, mask_BT = pad_right(sequences, next(inner.parameters()).device)
-    hidden_BTD = body_of(inner)(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    hidden_BTD, input_ids_BT, _ = _padded_hidden(body_of(inner), sequences)
     return [
         token_log_probs(
             hidden_BTD[row, start - 1 : len(ids) - 1], head, input_ids_BT[row, start : len(ids)], temperature
         ).log_probs
         for row, ids in enumerate(sequences)
     ]
+
+
+def _padded_hidden(body: nn.Module, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Final hidden states of sequences, `[B, T, D]`, with their ids and mask.
+
+    Raises:
+        ValueError: adapters depend on what PEFT's own forward, which is not called, looks for in the sequences.
+    """
+    if looks_for_tokens(body):
+        raise ValueError("Models with activated LoRA (alora_invocation_tokens) are neither scored nor compared here.")
+    input_ids_BT, mask_BT = pad_right(sequences, next(body.parameters()).device)
+    hidden_BTD = body(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    return hidden_BTD, input_ids_BT, mask_BT
 
 
 def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

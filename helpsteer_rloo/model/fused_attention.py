@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from helpsteer_rloo.model.fused_norms import norm_gradients, normed
-from helpsteer_rloo.model.shadowing import shadow
+from helpsteer_rloo.model.shadowing import is_hooked, shadow
 
 _NORMS = (qwen3.Qwen3RMSNorm, llama.LlamaRMSNorm)
 
@@ -65,7 +65,7 @@ class FusedAttention:
 
     def _is_plain(self) -> bool:
         norms = [norm for name in ("q_norm", "k_norm") if (norm := getattr(self.module, name, None)) is not None]
-        plain = all(type(norm) in _NORMS and not norm._forward_hooks and not norm._forward_pre_hooks for norm in norms)
+        plain = all(type(norm) in _NORMS and not is_hooked(norm) for norm in norms)
         return plain and cast(Any, self.module).config._attn_implementation != "eager"
 
 

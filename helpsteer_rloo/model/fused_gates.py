@@ -16,7 +16,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from helpsteer_rloo.model.shadowing import shadow
+from helpsteer_rloo.model.shadowing import is_hooked, shadow
 
 _NETWORKS = Qwen3MLP, LlamaMLP
 
@@ -35,7 +35,8 @@ class FusedNetwork:
     def __call__(self, hidden: Tensor) -> Tensor:
         """As transformers', `[…, D]` to `[…, D]`."""
         module = cast(Any, self.module)
-        if type(module) not in _NETWORKS or type(module.act_fn) not in (nn.SiLU, SiLUActivation):
+        stock = type(module) in _NETWORKS and type(module.act_fn) in (nn.SiLU, SiLUActivation)
+        if not stock or is_hooked(module.act_fn):
             return type(module).forward(module, hidden)
         return module.down_proj(_Gate.apply(module.gate_proj(hidden), module.up_proj(hidden)))
 

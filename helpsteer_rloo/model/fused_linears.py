@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from helpsteer_rloo.model.products import product
+from helpsteer_rloo.model.shadowing import is_hooked
 
 
 def fuse_linears(model: nn.Module) -> int:
@@ -102,10 +103,12 @@ class FusedLora:
             return _LoraProduct.apply(x.to(dtype), weight, bias, down, up, layer.scaling[name])
 
     def _only_adapter(self) -> str | None:
-        """The active adapter, if there is one, without bias, dropout or variant."""
+        """The active adapter, if there is one, without bias, dropout, variant or anything that hangs on a factor."""
         layer = cast(Any, self.layer)
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias[active[0]]:
+            return None
+        if any(map(is_hooked, (layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]))):
             return None
         dropout = layer.lora_dropout[active[0]]
         return None if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training else active[0]

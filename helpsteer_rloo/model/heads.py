@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from helpsteer_rloo.model.products import product
+from helpsteer_rloo.model.shadowing import is_hooked
 from helpsteer_rloo.model.sharding import stock_type
 from helpsteer_rloo.sizes import CHUNK
 
@@ -57,6 +58,8 @@ def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, tempe
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether a head is nothing but a frozen matrix, or no gradient is asked for."""
+    if is_hooked(head) and not isinstance(head, FSDPModule):  # whose hooks are gathering, which is seen to
+        return False
     if stock_type(head) is not nn.Linear or cast(Tensor | None, head.bias) is not None:
         return False
     return not (head.weight.requires_grad and torch.is_grad_enabled())

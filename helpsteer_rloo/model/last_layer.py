@@ -19,7 +19,7 @@ def narrow_last_layer(body: nn.Module) -> None:
     Modules, parameters and what is saved stay as they are: only `forward` is shadowed.
     """
     layer = cast(Any, body).layers[-1]
-    if "forward" not in layer.__dict__:
+    if "forward" not in layer.__dict__ and isinstance(layer.mlp.__dict__.get("forward"), FusedNetwork | None):
         network = NarrowNetwork(layer.mlp)
         layer.mlp.forward, layer.forward = network, NarrowLayer(layer, network)
 

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from helpsteer_rloo.model.fused_linears import FusedLinear, FusedLora
 from helpsteer_rloo.model.products import gains_by_layout, laid_out, onednn_product, product
+from helpsteer_rloo.model.shadowing import is_hooked
 from helpsteer_rloo.sizes import MOST_COPIED_BYTES
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -130,6 +131,8 @@ def _parts(module: nn.Module) -> _Parts | None:
     active = [name for name in module.active_adapters if name in module.lora_A]
     if any(name in module.lora_variant or module.lora_bias[name] for name in active):
         return None
+    if any(is_hooked(factors[name]) for name in active for factors in (module.lora_A, module.lora_B)):
+        return None
     return replace(base, updates=tuple(_factors(module, name) for name in active))
 
 
@@ -177,9 +180,8 @@ def _factors(module: LoraLinear, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks: Any = (module._forward_hooks, module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
     return (
-        not any(hooks)
+        not is_hooked(module)
         and isinstance(module.__dict__.get("forward"), FusedLinear | FusedLora | None)
         and all(p.device.type != "meta" for p in module.parameters())
     )

@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,14 +37,16 @@ _HEADS = {"classifier", "score"}  # what PEFT saves in full under the task type 
 def acting_as(model: PeftModel, adapter: str | None) -> Generator[None]:
     """Run a model with another adapter, or with none, for inference: in evaluation mode, so without dropout.
 
-    On leaving, also by an exception, the adapters that were active are active again, every module is in the mode it
-    was in, and every parameter is trainable or frozen as it was.
+    On leaving, also by an exception, the adapters that were active are active again (or switched off again), every
+    module is in the mode it was in, and every parameter is trainable or frozen as it was.
 
     Args:
         model: With at least the adapter named.
         adapter: Its name; None for the bare base.
     """
-    active = list(model.active_adapters)
+    first, active = model.active_adapter, list(model.active_adapters)
+    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    off = [module for module in adapted if module.disable_adapters]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -52,9 +56,14 @@ def acting_as(model: PeftModel, adapter: str | None) -> Generator[None]:
                 yield
         else:
             model.set_adapter(adapter, inference_mode=True)
+            for module in off:
+                module.enable_adapters(True)
             yield
     finally:
-        model.set_adapter(cast(Any, active[0] if len(active) == 1 else active))
+        cast(Any, model.base_model).set_adapter(active)  # several, which the model's own method does not take
+        model.active_adapter = first
+        for module in off:
+            module.enable_adapters(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:
@@ -81,7 +90,8 @@ def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:
     """Whether a trained reward model is a plain adapter for the very base that a policy's adapter stands on.
 
     Adapters that change the base's weights (PiSSA and the like), that need more than low-rank factors (DoRA), or that
-    reach beyond the decoder's layers are loaded apart.
+    reach beyond the decoder's layers are loaded apart; and so is every other one beside a policy that trains more of
+    the base than such factors where the reward model reads it.
 
     Args:
         policy: The policy, LoRA or not.
@@ -92,16 +102,21 @@ def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:
     if not isinstance(policy, PeftModel) or not record["adapter"] or Base(**record["base"]) != base:
         return False
     config = PeftConfig.from_pretrained(str(directory))
-    if not (isinstance(config, LoraConfig) and all(map(_leaves_base_alone, [config, *policy.peft_config.values()]))):
+    if not all(map(_leaves_base_alone, [config, *policy.peft_config.values()])):
         return False
     with safe_open(Path(directory) / _ADAPTER_WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if name != _HEAD_WEIGHT]  # noqa: SIM118 - it is no mapping
     plain = all(".layers." in name and name.endswith(_FACTORS) for name in names)
-    return plain and config.bias == "none" and set(config.modules_to_save or ()) <= _HEADS
+    copied = {part for own in policy.peft_config.values() for part in cast(LoraConfig, own).modules_to_save or ()}
+    apart = copied.isdisjoint(part for name in names for part in name.split("."))
+    return plain and apart and set(cast(LoraConfig, config).modules_to_save or ()) <= _HEADS
 
 
 def _leaves_base_alone(config: PeftConfig) -> bool:
-    return not isinstance(config, LoraConfig) or config.init_lora_weights in (True, False, "gaussian")
+    """Whether an adapter is low-rank factors, and at most modules of its own in place of some of the base."""
+    if not isinstance(config, LoraConfig) or config.init_lora_weights not in (True, False, "gaussian"):
+        return False
+    return config.bias == "none" and not config.trainable_token_indices
 
 
 def load_shared_reward(policy: PeftModel, directory: str | Path, name: str = REWARD_ADAPTER) -> RewardRole:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from helpsteer_rloo.events import counted
-from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, supports_shared_prefix, use_shared_prefix
+from helpsteer_rloo.model.attention import SHARED_PREFIX, packed_pass, use_shared_prefix
 from helpsteer_rloo.model.cascade import Decode, read_prompts
 from helpsteer_rloo.model.decoding import Step, decoding_step
 from helpsteer_rloo.model.drawing import Drawn, draw, widest_float
 from helpsteer_rloo.model.light_linears import light_linears
 from helpsteer_rloo.model.loading import Model
+from helpsteer_rloo.model.support import supports_shared_prefix
 
 _one_at_a_time = threading.RLock()
 """Held while layers are shadowed: two threads would take each other's for the model's own."""
@@ -154,8 +155,7 @@ def sample_groups(
         ValueError: a prompt is empty, `rows` or the length is not positive, or the model returns something that is no
             number.
     """
-    if rows < 1 or sampling.max_new_tokens < 1 or not all(prompts):
-        raise ValueError("Sampling needs at least one row, one new token, and one token in every prompt.")
+    _check(prompts, sampling, rows)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     results: dict[tuple[int, int], Completion] = {}
     with _one_at_a_time, torch.no_grad(), _ready_to_decode(inner, min(rows, sum(map(len, seeds)))) as step:
@@ -177,11 +177,20 @@ def stream(
         sampling: Length, distribution and ends.
         goes_on: Called with every token that is followed by another one; if it returns false, the completion is cut
             off behind that token.
+
+    Raises:
+        ValueError: as `sample_groups`.
     """
+    _check([prompt], sampling, 1)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     with _one_at_a_time, torch.no_grad(), _ready_to_decode(inner, 1) as step:
         (completion,) = _complete(inner, step, [_Piece(tuple(prompt), (seed,), ((0, 0),))], sampling, goes_on)
     return completion
+
+
+def _check(prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int) -> None:
+    if rows < 1 or sampling.max_new_tokens < 1 or not all(prompts):
+        raise ValueError("Sampling needs at least one row, one new token, and one token in every prompt.")
 
 
 def _chunks(prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], rows: int) -> list[list[_Piece]]:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -112,6 +112,29 @@ def test_switching_leaves_everything_as_it_was(policy, reward_dir, adapter, erro
     assert all(torch.equal(weight, weights[name]) for name, weight in policy.named_parameters())
 
 
+@pytest.mark.parametrize("adapter", [None, "second"])
+def test_several_active_adapters_are_active_again(policy, adapter):
+    policy.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    policy.base_model.set_adapter(["default", "second"])
+    before = state(policy)
+    with acting_as(policy, adapter):
+        assert policy.active_adapters == (["default", "second"] if adapter is None else ["second"])
+    assert state(policy) == before
+    assert policy.active_adapters == ["default", "second"]
+
+
+def test_a_role_is_taken_and_left_within_the_bare_base(policy, reward_dir):
+    role = load_shared_reward(policy, reward_dir)
+    scores = role.score(GROUPS, 8)
+    with acting_as(policy, None):
+        reference = group_log_probs(policy, GROUPS, None)
+        assert role.score(GROUPS, 8) == scores
+        after = group_log_probs(policy, GROUPS, None)
+    for one, other in zip(flat(reference), flat(after), strict=True):
+        assert torch.equal(one, other)
+    assert (flat(group_log_probs(policy.eval(), GROUPS, None))[1] - flat(reference)[1]).abs().max() > 1e-3
+
+
 def test_the_reward_adapter_arrives_frozen_and_the_policys_stays_trainable(policy, reward_dir):
     before = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
     role = load_shared_reward(policy, reward_dir)
@@ -203,6 +226,29 @@ def test_no_base_is_shared_with_a_policy_whose_adapter_changed_it(tiny_base, rew
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa")
     assert not can_share(get_peft_model(base, config), Base(str(tiny_base)), reward_dir)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias="lora_only"),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], modules_to_save=["q_proj"]),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["up_proj"], modules_to_save=["self_attn"]),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[]),
+    ],
+    ids=["bias", "tokens", "layer", "attention", "ia3"],
+)
+def test_no_base_is_shared_with_a_policy_that_trains_more_of_it(tiny_base, reward_dir, config):
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config)
+    assert not can_share(policy, Base(str(tiny_base)), reward_dir)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_base_is_shared_with_a_policy_that_trains_the_head_beside(tiny_base, reward_dir):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config)
+    assert can_share(policy, Base(str(tiny_base)), reward_dir)
 
 
 def test_a_refused_adapter_leaves_nothing_behind(policy, reward_dir):

@@ -32,6 +32,7 @@ from helpsteer_rloo.model.rollout import (
     sample,
     sample_groups,
     sequence_seed,
+    stream,
     supports_sampler,
 )
 
@@ -350,6 +351,8 @@ def test_what_cannot_be_sampled_is_refused(model):
         sample_groups(model, [[3]], [[0]], FREE, rows=0)
     with pytest.raises(ValueError, match="one new token"):
         sample_groups(model, [[3]], [[0]], replace(FREE, max_new_tokens=0), rows=1)
+    with pytest.raises(ValueError, match="one token in every prompt"):
+        stream(model, [], 0, FREE, lambda token: True)
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not numbers"):
         sample_groups(model, [[3]], [[0]], FREE, rows=4)
