@@ -75,11 +75,11 @@ def _usage() -> str:
 
 def train_reward_model(argv: list[str] | None = None) -> None:
     """`reward_model_training.py`."""
-    from helpsteer_rloo.settings.checks import check_reward
+    from helpsteer_rloo.settings.checks import check_packages, check_reward
     from helpsteer_rloo.settings.config import REWARD
     from helpsteer_rloo.settings.parsing import parse_command
 
-    settings = parse_command(REWARD, argv, checks=[check_reward])
+    settings = parse_command(REWARD, argv, checks=[check_reward, check_packages])
 
     def work() -> None:
         with _shown(settings.own, settings.trl):
@@ -92,11 +92,11 @@ def train_reward_model(argv: list[str] | None = None) -> None:
 
 def train_policy(argv: list[str] | None = None) -> None:
     """`rloo_helpsteer_training.py`."""
-    from helpsteer_rloo.settings.checks import check_rloo
+    from helpsteer_rloo.settings.checks import check_packages, check_rloo
     from helpsteer_rloo.settings.config import RLOO
     from helpsteer_rloo.settings.parsing import parse_command
 
-    settings = parse_command(RLOO, argv, checks=[check_rloo])
+    settings = parse_command(RLOO, argv, checks=[check_rloo, check_packages])
 
     def work() -> None:
         with _shown(settings.own, settings.trl):

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from helpsteer_rloo.data.demo import DemoBaseSettings, gold, write_rows
 from helpsteer_rloo.pipeline import run_pipeline
-from helpsteer_rloo.settings.checks import check_pipeline
+from helpsteer_rloo.settings.checks import check_packages_of_pipeline, check_pipeline
 from helpsteer_rloo.settings.config import PipelineSettings
 from helpsteer_rloo.settings.flags import Flag, own_flags, read_yaml, unknown_name
 from helpsteer_rloo.settings.knobs import PROGRESS
@@ -99,6 +99,7 @@ def demo_settings(content: Mapping[str, Any], given: Mapping[str, Any], source: 
     }
     settings = pipeline_settings(rest, {**given, **paths}, source=source)
     check_pipeline(settings)
+    check_packages_of_pipeline(settings)
     return DemoSettings(rows, DemoBaseSettings(**shape), settings)
 
 

@@ -167,7 +167,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
             if name in best:
                 part = best[name]["policy_minus_best_of_n"]
                 at = "the same" if best["reaches_the_kl"] else "less"
-                label = f"policy: {name}, minus best-of-{best['n']:.1f}'s at {at} KL"
+                label = f"policy: {name}, minus best-of-{best['n']:.3g}'s at {at} KL"
                 table.add_row(label, f"{part['value']:+.3f}", _interval(part["interval"]))
         for name, key in (("reward", "reward"), ("guard's score", "guard"), ("gold quality", "gold")):
             if f"{key}_before" in policy:

@@ -35,6 +35,23 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """A frozen base whose linear layers are held in fewer bits, as bitsandbytes does; the rest of it is not.
+
+    In 4 bits there is a float32 factor for 64 weights (Dettmers et al. 2023, arXiv 2305.14314, section 3), or if
+    `nested` one of 8 bits, with a float32 one for 256 of these; in 8 bits one for a row, which is not counted.
+    """
+
+    bits: int
+    nested: bool = False
+
+    def saved(self, shape: Shape, width: int) -> float:
+        """Bytes that it saves where a weight has `width`."""
+        factors = 0.0 if self.bits == 8 else ((1 + 4 / 256) / 64 if self.nested else 4 / 64)
+        return shape.body_parameters() * (width - self.bits / 8 - factors)
+
+
+@dataclass(frozen=True, slots=True)
 class Net:
     """A model as a pass sees it.
 
@@ -44,6 +61,7 @@ class Net:
         compute: Bytes of a number in its linear layers; fewer than `weights` under autocast.
         adapter: LoRA that takes part; without one, all weights are trained where any are.
         cpu: Whether it runs on a CPU.
+        quantized: Whether its linear layers are held in fewer bits than `weights` says.
     """
 
     shape: Shape
@@ -51,6 +69,7 @@ class Net:
     compute: int
     adapter: Adapter | None = None
     cpu: bool = False
+    quantized: bool = False
 
     @property
     def autocast(self) -> bool:

@@ -164,7 +164,7 @@ def evaluation_need(stage: EvaluationStage, rig: Rig) -> Need:
     """Judgement of the policy, with one model in memory at a time, whole on the main process."""
     policy, alone = stage.policy, replace(rig, processes=1, sharding="ddp")
     net = _net(policy, rig, compute=policy.weights)
-    weights = {"base weights": float(policy.shape.causal_parameters() * policy.weights)}
+    weights = {"base weights": _base_bytes(policy, policy.shape.causal_parameters())}
     one = stage.prompt + stage.response
     row = Row(_filled(max(one, min(PASS_TOKENS, stage.prompts * one)), rig), PASS_TOKENS, PASS_TOKENS)
     rows = min(stage.at_once, stage.prompts)
@@ -205,7 +205,7 @@ class _Held:
     def standing(self) -> Items:
         """Weights and optimizer; gradients come and go."""
         trained, rig = self.trained, self.rig
-        frozen = 0 if trained.adapter is None else self.parameters * trained.weights
+        frozen = 0 if trained.adapter is None else _base_bytes(trained, self.parameters)
         # DeepSpeed holds weights in half precision, and shares out float32 ones with the optimizer's states
         states = trained.states + (4 if rig.deepspeed and trained.adapter is None else 0)
         width = trained.compute if rig.deepspeed else trained.trained_bytes
@@ -226,7 +226,7 @@ class _Held:
         """Where weights are shared out: all of them, for passes without gradient."""
         if self.rig.weights_over == 1:
             return {}
-        return {"gathered weights": self.parameters * self.trained.weights}
+        return {"gathered weights": _base_bytes(self.trained, self.parameters)}
 
     @property
     def gathered(self) -> Items:
@@ -261,13 +261,19 @@ class _Held:
 
 
 def _net(trained: Trained, rig: Rig, compute: int) -> Net:
-    return Net(trained.shape, trained.weights, compute, trained.adapter, rig.cpu)
+    return Net(trained.shape, trained.weights, compute, trained.adapter, rig.cpu, trained.quantization is not None)
+
+
+def _base_bytes(model: Trained | Judge, parameters: int) -> float:
+    """Of all weights, in fewer bits where they are held so."""
+    saved = model.quantization.saved(model.shape, model.weights) if model.quantization else 0.0
+    return parameters * model.weights - saved
 
 
 def _model(judge: Judge) -> Items:
     """A reward model of its own."""
     adapter = judge.adapter.parameters(judge.shape) * 4.0 if judge.adapter else 0.0
-    return {"base weights": float(judge.shape.classifier_parameters() * judge.weights), "reward adapters": adapter}
+    return {"base weights": _base_bytes(judge, judge.shape.classifier_parameters()), "reward adapters": adapter}
 
 
 def _beside_the_policy(stage: RLOOStage, rig: Rig) -> Items:
@@ -286,7 +292,7 @@ def _beside_the_policy(stage: RLOOStage, rig: Rig) -> Items:
 
 
 def _scores(judge: Judge, row: Row, rig: Rig) -> Items:
-    net = Net(judge.shape, judge.weights, judge.weights, judge.adapter, rig.cpu)
+    net = Net(judge.shape, judge.weights, judge.weights, judge.adapter, rig.cpu, judge.quantization is not None)
     return _items(inference_bytes(net, Row(_filled(row.tokens, rig), row.read)))
 
 
@@ -305,11 +311,11 @@ def sampling_items(net: Net, drawn: Drawn) -> Items:
 def copied(net: Net) -> float:
     """Weights that sampling holds once more: with adapters folded in, side by side, and on CPUs laid out for few rows.
 
-    All of them or none: none where that would be too much.
+    All of them or none: none where that would be too much, or where they are held in fewer bits.
     """
     s = net.shape
     everything = (s.body_parameters() + s.embedding_parameters()) * net.weights
-    if everything > MOST_COPIED_BYTES:
+    if everything > MOST_COPIED_BYTES or net.quantized:
         return 0.0
     if net.cpu:
         return float(everything)
@@ -345,8 +351,11 @@ def _phase(name: str, rig: Rig, *parts: Items) -> Phase:
 
 
 def _notes(trained: Trained, rig: Rig, longest: int) -> tuple[str, ...]:
+    least = "whose activations are more than is counted here: this is the least."
+    if trained.quantization is not None:
+        return (f"On a base in {trained.quantization.bits} bits adapters run as PEFT runs them, {least}",)
     if trained.packed:
         short = f"On a CPU, rows of sequences of at most {SHORT} tokens keep up to {SHORT_ROWS} times what is counted."
         return (short,) if rig.cpu and longest <= SHORT else ()
     engine = "DeepSpeed runs" if rig.deepspeed else "--engine trl runs"
-    return (f"{engine} TRL's own passes, whose activations are more than is counted here: this is the least.",)
+    return (f"{engine} TRL's own passes, {least}",)

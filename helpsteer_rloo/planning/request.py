@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpsteer_rloo.planning.memory import FLOAT32, Adapter
+from helpsteer_rloo.planning.memory import FLOAT32, Adapter, Quantization
 from helpsteer_rloo.planning.shapes import Shape
 from helpsteer_rloo.run_dir import verification_name
 
@@ -50,6 +50,7 @@ class Trained:
         checkpointing: Whether layers are computed again in the backward pass.
         states: Bytes of the optimizer for a trained weight.
         packed: Whether passes are the engine's own; TRL's need more than is planned here.
+        quantization: How the base is held, where its weights have fewer bits.
         adapted: The same with LoRA as the flags describe it, where all weights are trained.
     """
 
@@ -61,6 +62,7 @@ class Trained:
     checkpointing: bool
     states: int
     packed: bool
+    quantization: Quantization | None = None
     adapted: "Trained | None" = None
 
     @property
@@ -106,11 +108,13 @@ class Judge:
     stage: str | None = None
     shared: bool = False
     name: str = "reward model"
+    quantization: Quantization | None = None
 
     def beside(self, policy: Trained) -> "Judge":
         """As it is held in the training of a policy: on its base if both are adapters on the same one."""
         same = Path(self.base).resolve() == Path(policy.name).resolve()  # an adapter records its base's absolute path
-        alike = bool(policy.adapter and self.adapter and self.weights == policy.weights)
+        held = (self.weights, self.quantization) == (policy.weights, policy.quantization)
+        alike = bool(policy.adapter and self.adapter and held)
         return dataclasses.replace(self, shared=policy.packed and alike and same)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.planning.memory import FLOAT32, Adapter
+from helpsteer_rloo.planning.memory import FLOAT32, Adapter, Quantization
 from helpsteer_rloo.planning.request import EvaluationStage, Judge, Request, RewardStage, Rig, RLOOStage, Trained, Watch
 from helpsteer_rloo.planning.shapes import shape_of
 from helpsteer_rloo.records.reward_model import read_reward_record
@@ -83,10 +83,8 @@ def _trained(settings: Settings[Any], rig: Rig) -> Trained:
 
 def _trained_as(settings: Settings[Any], rig: Rig, *, use_peft: bool) -> Trained:
     trl, name = settings.trl, str(settings.trl["model_name_or_path"])
-    for flag in ("load_in_4bit", "load_in_8bit"):
-        if trl.get(flag):
-            raise ValueError(f"A base in 4 or 8 bits is not planned (--{flag}).")
-    weights = weight_bytes(use_peft, trl.get("dtype"), cpu=rig.cpu)
+    quantization = quantization_of(trl, "use_bnb_nested_quant")
+    weights = weight_bytes(use_peft, trl.get("dtype"), cpu=rig.cpu and quantization is None)
     adapter = Adapter(int(trl.get("lora_r") or 16), _targets(trl)) if use_peft else None
     half = trl.get("fp16") or trl.get("bf16", not rig.cpu)
     return Trained(
@@ -98,7 +96,15 @@ def _trained_as(settings: Settings[Any], rig: Rig, *, use_peft: bool) -> Trained
         checkpointing=bool(trl.get("gradient_checkpointing", True)),
         states=_states(str(trl.get("optim", "adamw_torch_fused")), FLOAT32 if adapter else weights),
         packed=settings.own.engine == "packed" and not rig.deepspeed,
+        quantization=quantization,
     )
+
+
+def quantization_of(given: Mapping[str, Any], nested: str) -> Quantization | None:
+    """How a base is held by flags or by a record of them, in which `nested` names double quantization."""
+    if given.get("load_in_8bit"):
+        return Quantization(8)
+    return Quantization(4, nested=bool(given.get(nested))) if given.get("load_in_4bit") else None
 
 
 def weight_bytes(use_peft: bool, asked: Any, *, cpu: bool) -> int:
@@ -177,7 +183,7 @@ def _rloo_stage(
 def judge_of(stage: RewardStage) -> Judge:
     """The reward model that a stage of the run trains."""
     model = stage.trained
-    return Judge(model.shape, model.weights, model.adapter, model.name, stage.name)
+    return Judge(model.shape, model.weights, model.adapter, model.name, stage.name, quantization=model.quantization)
 
 
 def judges_of_evaluation(rloo: RLOOStage) -> tuple[Judge, ...]:
@@ -206,15 +212,14 @@ def _numbered(number: int) -> str:
 def _recorded(directory: str) -> Judge:
     record = read_reward_record(directory)
     base = record["base"]
-    if base.get("quantization"):
-        raise ValueError(f"{directory}: a reward model on a base in 4 or 8 bits is not planned.")
     weights, adapter = BYTES[base.get("dtype", "float32")], None
     if record["adapter"]:
         config = read_json(Path(directory) / "adapter_config.json") or {}
         names = config.get("target_modules")
         adapter = Adapter(int(config.get("r") or 16), tuple(names) if isinstance(names, list) else None)
     name = base["name"] if adapter else directory
-    return Judge(shape_of(name, base.get("revision")), weights, adapter, name)
+    quantization = quantization_of(base.get("quantization") or {}, "bnb_4bit_use_double_quant")
+    return Judge(shape_of(name, base.get("revision")), weights, adapter, name, quantization=quantization)
 
 
 def _trained_on(settings: Settings[RLOOKnobs]) -> int:

@@ -65,7 +65,6 @@ def check_training(settings: Settings[Any]) -> None:
             raise ValueError(f"--{name} is {value}; expected a finite number.")
     _check_choices(settings.trl)
     _check_quantization(settings.trl)
-    _check_packages(settings.trl)
 
 
 _NO_COUNTS = ("seed", "data_seed")
@@ -106,12 +105,32 @@ def _check_quantization(trl: Mapping[str, Any]) -> None:
         raise ValueError(f"--{given[0]}: a base in 4 or 8 bits is trained by LoRA alone: give --use_peft with it.")
 
 
-def _check_packages(trl: Mapping[str, Any]) -> None:
+def check_packages(settings: Settings[Any]) -> None:
+    """Check that the packages are there which the flags of a training need; a plan for another machine needs none.
+
+    Raises:
+        ValueError: one is not, with how to install it.
+    """
+    trl = settings.trl
     for flag, package in _PACKAGES.items():
         if trl.get(flag):
             _require(f"--{flag}", package)
     if trl.get("attn_implementation") == "flash_attention_2":
         _require("--attn_implementation flash_attention_2 (packed rows have no use for it)", "flash-attn")
+    for tracker in _trackers(trl.get("report_to")):
+        _require(f"--report_to {tracker}", _TRACKERS[tracker])
+
+
+def check_packages_of_pipeline(settings: PipelineSettings) -> None:
+    """`check_packages` of its stages.
+
+    Raises:
+        ValueError: as `check_packages`.
+    """
+    with flags_named_of("reward"):
+        check_packages(settings.reward)
+    with flags_named_of("rloo"):
+        check_packages(settings.rloo)
 
 
 def _require(flag: str, package: str) -> None:
@@ -120,13 +139,14 @@ def _require(flag: str, package: str) -> None:
 
 
 def _check_trackers(report_to: Any) -> None:
-    for tracker in [report_to] if isinstance(report_to, str) else report_to or ():
-        if tracker in ("none", "all"):
-            continue
+    for tracker in _trackers(report_to):
         if tracker not in _TRACKERS:
             raise ValueError(f"--report_to: {unknown_name(tracker, [*_TRACKERS, 'none', 'all'], 'tracker')}")
-        package = _TRACKERS[tracker]
-        _require(f"--report_to {tracker}", package)
+
+
+def _trackers(report_to: Any) -> list[str]:
+    given = [report_to] if isinstance(report_to, str) else report_to or ()
+    return [tracker for tracker in given if tracker not in ("none", "all")]
 
 
 def check_rloo(settings: Settings[RLOOKnobs]) -> None:

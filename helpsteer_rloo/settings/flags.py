@@ -306,9 +306,21 @@ def _shared_beginning(one: str, other: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
+_WORDS = 10
+"""Letters from which a name that another one holds is taken for a part of it."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that an unknown one was probably meant to be, if there is one like it."""
-    candidates = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    """The known name that an unknown one was probably meant to be, if there is one like it.
+
+    >>> nearest_name("forward_batch_size", ["reward_batch_size", "local_rollout_forward_batch_size"])
+    'local_rollout_forward_batch_size'
+    """
+    names = list(known)
+    longer = [candidate for candidate in names if len(name) >= _WORDS and name in candidate]
+    if longer:
+        return difflib.get_close_matches(name, longer, n=1, cutoff=0.0)[0]
+    candidates = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     return max(candidates, key=lambda candidate: _shared_beginning(name, candidate), default=None)
 
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from helpsteer_rloo.settings.checks import check_pipeline
+from helpsteer_rloo.settings.checks import check_packages_of_pipeline, check_pipeline
 from helpsteer_rloo.settings.config import (
     PIPELINE,
     SECTIONS,
@@ -87,6 +87,8 @@ def parse_pipeline(argv: Sequence[str] | None = None, main: CommandSpec[Any] = P
         content, source = _read_config(given)
         settings = pipeline_settings(content, given, sections, source, main)
         check_pipeline(settings)
+        if main is PIPELINE:
+            check_packages_of_pipeline(settings)
         return settings
     except ValueError as error:
         parser.error(str(error))

@@ -20,6 +20,7 @@ from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.training.exact_resume import ResumesExactly
 from helpsteer_rloo.training.packed import deal, row_budget, set_up_packing
 from helpsteer_rloo.training.pairs import GroupSampler, Pair, PairBatch, PairRow, StepShape, collate_pairs, pack_pairs
+from helpsteer_rloo.training.quantized import mend_quantized
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 
 
@@ -59,9 +60,9 @@ class RewardTrainer(ResumesExactly, trl.RewardTrainer):
             ValueError: the model is a `PeftModel` whose scalar head is frozen.
         """
         super().__init__(*args, peft_config=with_trained_head(peft_config), **kwargs)
+        mend_quantized(self)
         inner = self.accelerator.unwrap_model(self.model)
-        quantized = getattr(inner, "is_loaded_in_4bit", False) or getattr(inner, "is_loaded_in_8bit", False)
-        if isinstance(inner, PeftModel) and self.args.bf16 and not quantized:
+        if isinstance(inner, PeftModel) and self.args.bf16:
             for parameter in inner.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()

@@ -23,6 +23,7 @@ from helpsteer_rloo.objectives import kl_terms
 from helpsteer_rloo.rendering import Renderer
 from helpsteer_rloo.training.kl_weight import KLWeight
 from helpsteer_rloo.training.ledger import Entry, number_or_none, write_rollout
+from helpsteer_rloo.training.quantized import mend_quantized
 from helpsteer_rloo.training.rloo_config import RLOOConfig
 from helpsteer_rloo.training.rloo_resume import ResumingRLOOTrainer
 from helpsteer_rloo.training.rollouts import AdvantageRule, Rewards, Rollout, Scores, mini_batch_order
@@ -51,6 +52,7 @@ class ScoredRLOOTrainer(ResumingRLOOTrainer):
     ) -> None:
         """Take the arguments of `trl.RLOOTrainer`; `args` may be TRL's `RLOOConfig` or this project's."""
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        mend_quantized(self)
         ours = self.args if isinstance(self.args, RLOOConfig) else None
         self.missing_eos_penalty = ours.missing_eos_penalty if ours else 0.0
         self.length_penalty = ours.length_penalty if ours else 0.0

@@ -95,7 +95,9 @@ def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> M
     """
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     values = {key: value for key, value in settings.trl.items() if key in names}
-    values["dtype"] = str(weight_dtype(bool(values.get("use_peft")), values.get("dtype"))).removeprefix("torch.")
+    in_few_bits = values.get("load_in_4bit") or values.get("load_in_8bit")
+    asked = "bfloat16" if in_few_bits and values.get("dtype") in (None, "auto") else values.get("dtype")
+    values["dtype"] = str(weight_dtype(bool(values.get("use_peft")), asked)).removeprefix("torch.")
     values["lora_task_type"] = task_type
     config = ModelConfig(**values)
     if config.lora_target_modules is None:

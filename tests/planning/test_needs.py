@@ -27,6 +27,11 @@ def request(*argv, rig=GPU):
     return request_of_pipeline(parse_pipeline(list(argv)), rig)
 
 
+def planned(*argv):
+    """As the command plans it, which needs no package that the run does."""
+    return request_of_pipeline(parse_plan(list(argv)), GPU)
+
+
 def items(found, stage, moment):
     need = next(need for need in needs_of(found) if need.stage == stage)
     return next(phase.items for phase in need.phases if phase.name == moment)
@@ -92,9 +97,32 @@ def test_trls_own_passes_are_said_to_need_more():
     )
 
 
-def test_what_is_not_planned_is_refused_with_its_name():
-    with pytest.raises(ValueError, match="load_in_4bit"):
-        request("--use_peft", "--reward.load_in_4bit=true")
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [
+        (["load_in_8bit"], 1),
+        (["load_in_4bit"], 0.5 + 4 / 64),
+        (["load_in_4bit", "use_bnb_nested_quant"], 0.5 + 1 / 64 + 4 / 64 / 256),
+    ],
+)
+def test_a_base_in_few_bits_is_counted_as_it_is_held(flags, width):
+    linear, rest = SHAPE.body_parameters(), SHAPE.causal_parameters() - SHAPE.body_parameters()
+    both = planned("--use_peft", *(f"--{stage}.{flag}=true" for stage in ("reward", "rloo") for flag in flags))
+    held = items(both, "RLOO", "pass and backward")
+    assert held["base weights"] == pytest.approx(2 * rest + width * linear)
+    assert "reward models" not in held
+    assert all(
+        "this is the least" in need.notes[0] for need in needs_of(both) if need.stage in ("reward model", "RLOO")
+    )
+    policy = items(planned("--use_peft", *(f"--rloo.{flag}=true" for flag in flags)), "RLOO", "pass and backward")
+    assert policy["base weights"] == held["base weights"]
+    assert policy["reward models"] == 2 * SHAPE.classifier_parameters()  # which is not in few bits
+
+
+def test_weights_in_few_bits_are_not_copied_for_sampling():
+    small = ["--model_name_or_path=Qwen/Qwen3-0.6B", "--use_peft"]
+    assert "copies for sampling" in items(planned(*small), "RLOO", "sampling")
+    assert "copies for sampling" not in items(planned(*small, "--rloo.load_in_4bit=true"), "RLOO", "sampling")
 
 
 def test_an_ensemble_and_a_guard_are_stages_and_judges():

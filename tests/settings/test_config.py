@@ -322,6 +322,16 @@ def test_an_unknown_flag_of_a_stage_ends_with_the_nearest_name(refused):
     )
 
 
+def test_a_part_of_a_name_is_answered_with_the_whole_one(refused):
+    told = refused(parse_pipeline, ["--forward_batch_size", "8"])
+    assert "local_rollout_forward_batch_size belongs to a stage: give --rloo.local_rollout_forward_batch_size" in told
+
+
+def test_a_stage_before_a_flag_of_a_command_without_stages_is_told(refused):
+    told = refused(parse_command, RLOO, ["--rloo.packed_tokens", "8"])
+    assert "unknown flag 'rloo.packed_tokens'; it is 'packed_tokens' here" in told
+
+
 def test_an_unknown_key_names_the_file_and_the_nearest_key(write, refused):
     file = write("lerning_rate: 1e-5\n")
     message = refused(parse_command, RLOO, ["--config", file])
