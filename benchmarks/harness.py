@@ -71,7 +71,7 @@ def selected(specs: Sequence[Spec], options: Options) -> list[Spec]:
     """The rows that `--only` leaves, with `--quick` the first of them, told the steps and seed to use."""
     found = [spec for spec in specs if options.only in spec["name"]]
     common = {"steps": options.steps, "seed": options.seed, "quick": options.quick}
-    suffix = "-huge-pages" * options.huge_pages + "-quick" * options.quick
+    suffix = "-huge-pages" if options.huge_pages else ""
     return [spec | common | {"name": spec["name"] + suffix} for spec in (found[:1] if options.quick else found)]
 
 

@@ -11,6 +11,7 @@ more than once, the last one counts; rows of `--quick` are left out, and so is w
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,16 +146,17 @@ def read_rows(lines: Iterable[str]) -> dict[str, list[Row]]:
     """Rows by benchmark, in the order in which their names came first.
 
     Raises:
-        ValueError: a line is no JSON.
+        ValueError: a line is no row.
     """
     newest: dict[str, Row] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"Line {number} of the results is no JSON: {error}") from None
-        if not row["quick"]:
-            newest[row["name"]] = row
+            quick, name = row["quick"], row["name"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"Line {number} of the results is no row of a benchmark: {error!r}") from None
+        if not quick:
+            newest[name] = row
     found: dict[str, list[Row]] = {}
     for name, row in newest.items():
         found.setdefault(name.split("/", 1)[0], []).append(row)
@@ -212,9 +214,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.document is None:
             print("\n".join(f"## {name}\n\n{table(name, found)}" for name, found in rows.items()))
             return
-        document = fill(given.document.read_text(encoding="utf-8"), rows)
+        text = given.document.read_text(encoding="utf-8")
+        document = fill(text, rows)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if left := sorted(set(rows) - {match["name"] for match in MARKED.finditer(text)}):
+        print(f"{given.document} has no place for {', '.join(left)}.", file=sys.stderr)
     given.document.write_text(document, encoding="utf-8")
 
 

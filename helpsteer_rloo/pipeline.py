@@ -39,7 +39,7 @@ RESULTS = ("reward_model", "policy", "rloo", "seconds")
 """Of the summary, what a run came to."""
 OF_BOTH_TRAININGS = (
     *("model_name_or_path", "model_revision", "trust_remote_code", "dtype", "use_peft", "seed"),
-    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
 
 

@@ -252,7 +252,7 @@ def test_a_document_without_markers_and_unknown_markers_are_refused():
     ("lines", "told"),
     [
         (None, "No such file"),
-        ([line("rloo_step/row"), "{"], "Line 2 of the results is no JSON"),
+        ([line("rloo_step/row"), "{"], "Line 2 of the results is no row"),
         ([line("rloo_step/row", quick=True)], "no measured row"),
     ],
 )

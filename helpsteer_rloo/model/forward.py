@@ -74,9 +74,9 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
     weight = next(head.parameters())
     scores = [0.0] * len(sequences)
     for chunk in _by_length(sequences, batch_size):
-        hidden_BTD, _, mask_BT = _padded_hidden(body, [sequences[i] for i in chunk])
+        hidden_BTD, _, mask_BT = _padded_hidden(body, [sequences[i] for i in chunk], weight.device)
         last_B = mask_BT.sum(1) - 1
-        hidden_BD = hidden_BTD[torch.arange(len(chunk), device=hidden_BTD.device), last_B]
+        hidden_BD = hidden_BTD[torch.arange(len(chunk), device=weight.device), last_B]
         for index, score in zip(chunk, head(hidden_BD.to(weight.dtype)).float()[:, 0].tolist(), strict=True):
             scores[index] = score
     return scores
@@ -243,7 +243,7 @@ def _padded_log_probs(model: nn.Module, group: TokenGroup, temperature: float) -
     inner = base_model(model)
     head, start = inner.get_output_embeddings(), len(group.prompt_ids)
     sequences = [group.sequence(i) for i in range(len(group.continuation_ids))]
-    hidden_BTD, input_ids_BT, _ = _padded_hidden(body_of(inner), sequences)
+    hidden_BTD, input_ids_BT, _ = _padded_hidden(body_of(inner), sequences, next(inner.parameters()).device)
     return [
         token_log_probs(
             hidden_BTD[row, start - 1 : len(ids) - 1], head, input_ids_BT[row, start : len(ids)], temperature
@@ -252,15 +252,17 @@ def _padded_log_probs(model: nn.Module, group: TokenGroup, temperature: float) -
     ]
 
 
-def _padded_hidden(body: nn.Module, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+def _padded_hidden(
+    body: nn.Module, sequences: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Final hidden states of sequences, `[B, T, D]`, with their ids and mask.
 
     Raises:
         ValueError: adapters depend on what PEFT's own forward, which is not called, looks for in the sequences.
     """
     if looks_for_tokens(body):
-        raise ValueError("Models with activated LoRA (alora_invocation_tokens) are neither scored nor compared here.")
-    input_ids_BT, mask_BT = pad_right(sequences, next(body.parameters()).device)
+        raise ValueError("Activated LoRA (alora_invocation_tokens) cannot be scored here: merge the adapter first.")
+    input_ids_BT, mask_BT = pad_right(sequences, device)
     hidden_BTD = body(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
     return hidden_BTD, input_ids_BT, mask_BT
 

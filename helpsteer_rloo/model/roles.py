@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from helpsteer_rloo.groups import TokenGroup
-from helpsteer_rloo.model.forward import base_model, score_groups
+from helpsteer_rloo.model.forward import base_model, body_of, score_groups
 from helpsteer_rloo.model.loading import Base, load_reward_model, read_reward_record
 
 REWARD_ADAPTER, GUARD_ADAPTER = "reward", "guard"
@@ -60,7 +60,9 @@ def acting_as(model: PeftModel, adapter: str | None) -> Generator[None]:
                 module.enable_adapters(True)
             yield
     finally:
-        cast(Any, model.base_model).set_adapter(active)  # several, which the model's own method does not take
+        model.set_adapter(active[0])
+        if len(active) > 1:  # which the model's own method does not take
+            cast(Any, model.base_model).set_adapter(active)
         model.active_adapter = first
         for module in off:
             module.enable_adapters(False)
@@ -107,9 +109,9 @@ def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:
     with safe_open(Path(directory) / _ADAPTER_WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if name != _HEAD_WEIGHT]  # noqa: SIM118 - it is no mapping
     plain = all(".layers." in name and name.endswith(_FACTORS) for name in names)
-    copied = {part for own in policy.peft_config.values() for part in cast(LoraConfig, own).modules_to_save or ()}
-    apart = copied.isdisjoint(part for name in names for part in name.split("."))
-    return plain and apart and set(cast(LoraConfig, config).modules_to_save or ()) <= _HEADS
+    layers = cast(nn.Module, cast(Any, body_of(base_model(policy))).layers)
+    whole = not any(isinstance(module, AuxiliaryTrainingWrapper) for module in layers.modules())
+    return plain and whole and set(cast(LoraConfig, config).modules_to_save or ()) <= _HEADS
 
 
 def _leaves_base_alone(config: PeftConfig) -> bool:

@@ -101,14 +101,13 @@ def sequence_seed(seed: int, *parts: int) -> int:
 
 
 def supports_sampler(model: Model) -> bool:
-    """Whether `sample_groups` takes a model: a language model that `supports_shared_prefix` accepts, on one device."""
+    """Whether `sample_groups` takes a model: a language model that `supports_shared_prefix` accepts."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel) or not supports_shared_prefix(inner):
         return False
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False  # virtual tokens are added by a forward pass that the sampler goes around
-    placed: dict[str, Any] = getattr(inner, "hf_device_map", None) or {}
-    return len(set(placed.values())) <= 1 and inner.get_output_embeddings() is not None
+    return inner.get_output_embeddings() is not None
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ UNEVEN_ROTATIONS = ("dynamic", "longrope")
 def supports_shared_prefix(model: PreTrainedModel) -> bool:
     """Whether a model is of an architecture that shared-prefix attention was held to, with full attention everywhere.
 
+    And on one device: what is read of a row would lie on another one than its tokens.
+
     Args:
         model: Without wrappers, with adapters in its layers or without.
     """
@@ -27,7 +29,9 @@ def supports_shared_prefix(model: PreTrainedModel) -> bool:
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     known = config.model_type in ARCHITECTURES and rotation not in UNEVEN_ROTATIONS
     attends = bool(getattr(model, "_supports_attention_backend", False))
-    return known and full and attends and _has_layers_as_made(model) and not looks_for_tokens(model)
+    placed: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    together = len(set(placed.values())) <= 1
+    return known and full and attends and together and _has_layers_as_made(model) and not looks_for_tokens(model)
 
 
 def _has_layers_as_made(model: PreTrainedModel) -> bool:
@@ -36,7 +40,7 @@ def _has_layers_as_made(model: PreTrainedModel) -> bool:
     Layers that were copied have a copy of it (depth up-scaling, PEFT's `layer_replication`, attention that PEFT trains
     in full), and would attend to their whole row; a layer that is used twice is narrowed and cached as one.
     """
-    layers = getattr(model, model.base_model_prefix).layers
+    layers = getattr(getattr(model, model.base_model_prefix, None), "layers", ())
     attentions = [module for module in model.modules() if isinstance(module, Qwen3Attention | LlamaAttention)]
     numbered = [cast(Any, module).layer_idx for module in attentions] == list(range(len(layers)))
     return numbered and all(cast(Any, module).config is model.config for module in attentions)

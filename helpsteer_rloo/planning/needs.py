@@ -311,14 +311,16 @@ def sampling_items(net: Net, drawn: Drawn) -> Items:
 def copied(net: Net) -> float:
     """Weights that sampling holds once more: with adapters folded in, side by side, and on CPUs laid out for few rows.
 
-    All of them or none: none where that would be too much, or where they are held in fewer bits.
+    All of them or none: none where that would be too much. What is held in fewer bits is not copied.
     """
     s = net.shape
-    everything = (s.body_parameters() + s.embedding_parameters()) * net.weights
-    if everything > MOST_COPIED_BYTES or net.quantized:
+    everything = (s.embedding_parameters() + (0 if net.quantized else s.body_parameters())) * net.weights
+    if everything > MOST_COPIED_BYTES:
         return 0.0
     if net.cpu:
         return float(everything)
+    if net.quantized:
+        return 0.0
     joined = sum(size for names, size in joined_linears(s).items() if len(names) > 1)
     return float(joined * s.layers * net.weights)
 

@@ -115,22 +115,25 @@ def check_packages(settings: Settings[Any]) -> None:
     for flag, package in _PACKAGES.items():
         if trl.get(flag):
             _require(f"--{flag}", package)
-    if trl.get("attn_implementation") == "flash_attention_2":
-        _require("--attn_implementation flash_attention_2 (packed rows have no use for it)", "flash-attn")
+    flash = "flash_attention_2"  # which transformers takes from the hub where there are kernels
+    if trl.get("attn_implementation") == flash and importlib.util.find_spec("kernels") is None:
+        _require(f"--attn_implementation {flash} (packed rows have no use for it)", "flash-attn")
     for tracker in _trackers(trl.get("report_to")):
         _require(f"--report_to {tracker}", _TRACKERS[tracker])
 
 
 def check_packages_of_pipeline(settings: PipelineSettings) -> None:
-    """`check_packages` of its stages.
+    """`check_packages` of the stages that are run.
 
     Raises:
         ValueError: as `check_packages`.
     """
-    with flags_named_of("reward"):
-        check_packages(settings.reward)
-    with flags_named_of("rloo"):
-        check_packages(settings.rloo)
+    if not settings.own.rloo_only:
+        with flags_named_of("reward"):
+            check_packages(settings.reward)
+    if not settings.own.reward_model_only:
+        with flags_named_of("rloo"):
+            check_packages(settings.rloo)
 
 
 def _require(flag: str, package: str) -> None:

@@ -84,7 +84,7 @@ class CommandSpec(Generic[Knobs]):
                 found = f"{name} belongs" if meant == name else f"unknown {what} {name!r}; {meant} belongs"
                 return f"{found} to a stage: give " + " or ".join(f"--{stage}.{meant}" for stage in stages)
         stage, _, bare = name.partition(".")
-        if stage in SECTIONS and bare in known:
+        if stage in SECTIONS and bare in known and not issubclass(self.knobs, PipelineKnobs):
             return f"unknown {what} {name!r}; it is {bare!r} here, where there is one stage"
         return unknown_name(name, known, what)
 

@@ -88,6 +88,11 @@ class ModelSetup:
     quantization: Any
 
 
+def _placement(args: Any) -> dict[str, Any]:
+    """Where one process on GPUs loads a model: TRL would have it split over all of them, or partly in main memory."""
+    return {"device_map": {"": args.device}} if args.device.type == "cuda" and args.world_size == 1 else {}
+
+
 def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> ModelSetup:
     """The base and adapter that the flags ask for, with LoRA on every linear layer unless they say otherwise.
 
@@ -96,8 +101,9 @@ def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> M
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     values = {key: value for key, value in settings.trl.items() if key in names}
     in_few_bits = values.get("load_in_4bit") or values.get("load_in_8bit")
-    asked = "bfloat16" if in_few_bits and values.get("dtype") in (None, "auto") else values.get("dtype")
-    values["dtype"] = str(weight_dtype(bool(values.get("use_peft")), asked)).removeprefix("torch.")
+    if in_few_bits and args.device.type == "cpu" and values.get("dtype") in (None, "auto"):
+        values["dtype"] = "bfloat16"  # in which bitsandbytes computes there when it infers
+    values["dtype"] = str(weight_dtype(bool(values.get("use_peft")), values.get("dtype"))).removeprefix("torch.")
     values["lora_task_type"] = task_type
     config = ModelConfig(**values)
     if config.lora_target_modules is None:
@@ -112,7 +118,7 @@ def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> M
     )
     fetch_weights(base)
     kwargs = {"revision": base.revision or "main", "attn_implementation": config.attn_implementation}
-    kwargs |= {"dtype": base.dtype, "use_safetensors": True, **(args.model_init_kwargs or {})}
+    kwargs |= {"dtype": base.dtype, "use_safetensors": True, **_placement(args), **(args.model_init_kwargs or {})}
     return ModelSetup(base, kwargs, get_peft_config(config), quantization)
 
 

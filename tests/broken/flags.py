@@ -1,5 +1,6 @@
 """Wrong flags of the three scripts and of `helpsteer-rloo`: names, values, types, and what does not go together."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from tests.broken.corpus import Broken
@@ -99,14 +100,6 @@ CASES = [
     case("no_room_for_a_prompt", "pipeline", ["--rloo.response_length", "1024"], "leaves 0 tokens for the prompt"),
     case("four_bits_and_eight", "rloo", ["--load_in_4bit", "--load_in_8bit"], "--load_in_8bit exclude each other"),
     case("four_bits_without_lora", "reward-model", ["--load_in_4bit"], "by LoRA alone: give --use_peft"),
-    case("no_package_for_four_bits", "pipeline", ["--use_peft", "--rloo.load_in_4bit"], "pip install bitsandbytes"),
-    case("no_package_for_kernels", "reward-model", ["--use_liger_kernel"], "pip install liger-kernel"),
-    case(
-        "no_package_for_attention",
-        "reward-model",
-        ["--attn_implementation", "flash_attention_2"],
-        "pip install flash-attn",
-    ),
     case("two_precisions", "reward-model", ["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
     case("a_level_of_logs_that_is_none", "rloo", ["--log_level", "loud"], "--log_level is 'loud'; expected one of"),
     case("no_checkpoint_kept", "rloo", ["--save_total_limit", "-1"], "--save_total_limit is -1; expected at least 1"),
@@ -132,4 +125,15 @@ CASES = [
     later("layers_that_are_not_there", "rloo", "Please check the target modules", lora_target_modules="steam"),
     later("a_reference_that_lora_has_not", "rloo", "`sync_ref_model=True` while using a PEFT", sync_ref_model="true"),
     later("bfloat16_on_a_cpu", "reward-model", "--bf16 true needs a GPU", "give --use_cpu true", bf16="true"),
+]
+
+_WITHOUT_PACKAGE = {
+    "bitsandbytes": ("pipeline", ["--use_peft", "--rloo.load_in_4bit"]),
+    "liger-kernel": ("reward-model", ["--use_liger_kernel"]),
+    "flash-attn": ("reward-model", ["--attn_implementation", "flash_attention_2"]),
+}
+CASES += [
+    case(f"no_{package}", command, flags, f"pip install {package}")
+    for package, (command, flags) in _WITHOUT_PACKAGE.items()
+    if find_spec(package.replace("-", "_")) is None
 ]

@@ -332,6 +332,14 @@ def test_a_stage_before_a_flag_of_a_command_without_stages_is_told(refused):
     assert "unknown flag 'rloo.packed_tokens'; it is 'packed_tokens' here" in told
 
 
+@pytest.mark.parametrize("other", ["reward_model_only", "rloo_only"])
+def test_what_a_stage_needs_is_asked_for_where_that_is_run(other, refused):
+    stage = {"reward_model_only": "rloo", "rloo_only": "reward"}[other]
+    assert parse_pipeline([f"--{other}", f"--{stage}.report_to", "comet_ml"]).own
+    told = refused(parse_pipeline, [f"--{stage}.report_to", "comet_ml"])
+    assert f"--{stage}.report_to comet_ml needs the package comet_ml" in told
+
+
 def test_an_unknown_key_names_the_file_and_the_nearest_key(write, refused):
     file = write("lerning_rate: 1e-5\n")
     message = refused(parse_command, RLOO, ["--config", file])
