@@ -42,7 +42,8 @@ def _scientific(key: str) -> Callable[[Row], str]:
 
 
 def _range(row: Row) -> str:
-    return f"{min(row['pair_ratios']):.2f}–{max(row['pair_ratios']):.2f}"
+    lowest, *others = sorted(row["pair_ratios"])
+    return f"{lowest:.2f}–{others[-1]:.2f}" if others else f"{lowest:.2f}"
 
 
 def _phases(row: Row) -> str:
