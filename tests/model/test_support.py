@@ -104,7 +104,7 @@ def test_what_cannot_be_packed_is_not(name):
 
 
 def test_adapters_that_look_for_tokens_are_refused():
-    with pytest.raises(ValueError, match="activated LoRA"):
+    with pytest.raises(ValueError, match="Activated LoRA"):
         group_log_probs(LEFT_ALONE["activated_lora"](), GROUPS, 100)
 
 

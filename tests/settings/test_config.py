@@ -18,7 +18,7 @@ from helpsteer_rloo.commands.chat import CHAT
 from helpsteer_rloo.commands.demo import demo_settings, parse_demo
 from helpsteer_rloo.commands.score import SCORE
 from helpsteer_rloo.pipeline import OF_BOTH_TRAININGS, rloo_command
-from helpsteer_rloo.settings.checks import check_rloo
+from helpsteer_rloo.settings.checks import check_packages, check_rloo
 from helpsteer_rloo.settings.config import PIPELINE, REWARD, RLOO
 from helpsteer_rloo.settings.flags import read_yaml, trl_flags, unknown_name
 from helpsteer_rloo.settings.knobs import DEFAULT_REWARD_MODEL_DIR, DataKnobs, EngineKnobs, PipelineKnobs, RLOOKnobs
@@ -333,11 +333,12 @@ def test_a_stage_before_a_flag_of_a_command_without_stages_is_told(refused):
 
 
 @pytest.mark.parametrize("other", ["reward_model_only", "rloo_only"])
-def test_what_a_stage_needs_is_asked_for_where_that_is_run(other, refused):
+def test_what_a_stage_needs_is_asked_for_where_that_is_run(other, refused, monkeypatch):
     stage = {"reward_model_only": "rloo", "rloo_only": "reward"}[other]
-    assert parse_pipeline([f"--{other}", f"--{stage}.report_to", "comet_ml"]).own
-    told = refused(parse_pipeline, [f"--{stage}.report_to", "comet_ml"])
-    assert f"--{stage}.report_to comet_ml needs the package comet_ml" in told
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert parse_pipeline([f"--{other}", f"--{stage}.use_liger_kernel"]).own
+    told = refused(parse_pipeline, [f"--{stage}.use_liger_kernel"])
+    assert f"--{stage}.use_liger_kernel needs the package liger-kernel" in told
 
 
 def test_an_unknown_key_names_the_file_and_the_nearest_key(write, refused):
@@ -840,7 +841,7 @@ def test_top_p_outside_its_range_is_refused(value, refused):
 
 def test_vllm_that_is_not_installed_is_refused_before_any_work(refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install vllm" in refused(rloo_checked, ["--use_vllm", "true"])
+    assert "pip install vllm" in refused(parse_command, RLOO, ["--use_vllm", "true"], [check_packages])
 
 
 def rloo_checked(argv):

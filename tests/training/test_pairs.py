@@ -143,7 +143,7 @@ def test_what_cannot_be_packed_is_left_to_trl_with_one_warning(tiny_base, tokeni
         warnings.simplefilter("always", UserWarning)
         trainer = make_trainer(RewardTrainer, tiny_base, tokenizer, tmp_path, pair_rows(1))
     (message,) = [str(w.message) for w in caught if "TRL's own path" in str(w.message)]
-    assert message.endswith("packed rows cannot be used with the architecture of Qwen3ForSequenceClassification.")
+    assert "packed rows cannot be used with the architecture of Qwen3ForSequenceClassification" in message
     trainer.train()
     assert trainer.state.global_step == 3
 

@@ -207,8 +207,8 @@ def test_another_architecture_is_left_to_trl_with_one_warning(tiny_base, tokeniz
         warnings.simplefilter("always", UserWarning)
         trainer = build(RLOOTrainer, tiny_base, tokenizer, tmp_path)
         trainer.train()
-    messages = [str(w.message) for w in caught if "TRL's own path" in str(w.message)]
-    assert messages == ["Using TRL's own path: packed rows cannot be used with the architecture of Qwen3ForCausalLM."]
+    (message,) = [str(w.message) for w in caught if "TRL's own path" in str(w.message)]
+    assert "packed rows cannot be used with the architecture of Qwen3ForCausalLM" in message
 
 
 def test_batches_of_less_than_an_optimizer_step_are_left_to_trl(tiny_base, tokenizer, tmp_path, exact):
