@@ -90,7 +90,7 @@ class ModelSetup:
 
 def _placement(args: Any) -> dict[str, Any]:
     """Where one process on GPUs loads a model: TRL would have it split over all of them, or partly in main memory."""
-    return {"device_map": {"": args.device}} if args.device.type == "cuda" and args.world_size == 1 else {}
+    return {"device_map": {"": str(args.device)}} if args.device.type == "cuda" and args.world_size == 1 else {}
 
 
 def build_model_setup(settings: Settings[Knobs], args: Any, task_type: str) -> ModelSetup:

@@ -17,7 +17,7 @@ def kwargs_on(device, tiny_base, processes=1, **given):
 
 
 def test_one_process_loads_its_model_on_its_own_gpu(tiny_base):
-    assert kwargs_on("cuda:0", tiny_base)["device_map"] == {"": torch.device("cuda:0")}
+    assert kwargs_on("cuda:0", tiny_base)["device_map"] == {"": "cuda:0"}  # a name: arguments are written as JSON
     assert kwargs_on("cuda:0", tiny_base, device_map="auto")["device_map"] == "auto"
 
 
