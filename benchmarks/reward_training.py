@@ -36,6 +36,7 @@ def rows() -> list[Spec]:
         _row(2048, data="length_grouped"),
         _row(4096, data="length_grouped"),
         _row(2048, checkpointing=False),
+        _row(2048, data="repeated", checkpointing=False),
         _row(2048, dtype="bfloat16"),
         _row(4096, dtype="bfloat16"),
     ]
