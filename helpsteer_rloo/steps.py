@@ -118,7 +118,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
     def work() -> dict[str, Any]:
         from helpsteer_rloo.data.preparation import half_of
         from helpsteer_rloo.evaluation import stock_scores
-        from helpsteer_rloo.evaluation.reload import check_reload, fresh_process
+        from helpsteer_rloo.evaluation.reload import TOLERANCE, check_reload, fresh_process
         from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.lost_processes import lost_processes_explained
@@ -140,11 +140,12 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
                 train = half_of(prepared.groups["train"], settings.own.half)
                 training = train_reward_model(settings, context.tokenizer, train, prepared.groups["validation"], probes)
             release()
-            scores = training.pop("probe_scores")
+            scores, computed_in = training.pop("probe_scores"), training.pop("computed_in")
             _refuse_diverged(scores, directory)
             if process is None:
                 return {}
-            difference = check_reload(directory, probes, scores, training["base"], process=process)
+            limit = max(TOLERANCE[computed_in], TOLERANCE[training["base"]["dtype"]])
+            difference = check_reload(directory, probes, scores, training["base"], limit, process)
         say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
         training["pairs"] = sum(len(group.preferences) for group in train)
         record = _reward_record(settings, context, training, {"sequences": len(probes), "max_difference": difference})

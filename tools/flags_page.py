@@ -29,8 +29,8 @@ _OF_TRAININGS: tuple[tuple[str, type, str], ...] = (
     (
         "Passes",
         EngineKnobs,
-        "In both training scripts; in the pipeline `--engine` and `--packed_tokens` for both stages, or any of them "
-        "for one stage, as `--reward.FLAG` or `--rloo.FLAG`.",
+        "In both training scripts; in the pipeline for both stages, and but for those of the progress and `--force` "
+        "also for one, as `--reward.FLAG` or `--rloo.FLAG`.",
     ),
     ("Reward model", RewardKnobs, "Of `reward_model_training.py`; in the pipeline `--reward.FLAG`."),
     ("RLOO", RLOOKnobs, "Of `rloo_helpsteer_training.py`; in the pipeline `--rloo.FLAG`."),

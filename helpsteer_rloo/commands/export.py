@@ -272,7 +272,7 @@ def _prove(
 
     wide = {**base, "dtype": "float32"}
     if scores:
-        return check_reload(target, sequences, [score for (score,) in expected], wide, EXACT)
+        return check_reload(target, sequences, [score for (score,) in expected], wide, limit=EXACT)
     return check_log_probs(target, sequences, expected, wide, EXACT)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from helpsteer_rloo.evaluation import stock_log_probs, stock_scores
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01, "float64": 1e-5}
-"""Largest difference, in score units, that the arithmetic of each type can explain."""
+"""Largest difference that the arithmetic of each type can explain: as a share of the largest score, or absolute where
+all scores are below 1. A head that was lost is off by as much as the scores are large."""
 EXACT = 1e-4
 """The same for scores or log-probabilities that were computed in float32 on both sides."""
 
@@ -82,7 +83,7 @@ def check_reload(
         sequences: Ids.
         expected: Their scores.
         base: How the base model's weights are held (`helpsteer_rloo.model.loading.Base` as a dictionary).
-        limit: Largest difference allowed (default: `TOLERANCE` of the type of `base`).
+        limit: Largest difference allowed, as in `TOLERANCE` (default: that of the type of `base`).
         process: One that runs `stock_scores` and has not been asked yet (default: one that is started now).
 
     Returns:
@@ -118,9 +119,11 @@ def _in_a_fresh_process(
 
 def _checked(directory: str | Path, found: Sequence[float], expected: Sequence[float], limit: float) -> float:
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    limit *= max([1.0, *map(abs, expected)])
     if not all(difference <= limit for difference in differences):  # NaN is not
         raise ValueError(
             f"The model saved in {directory} does not give the scores of the one in memory: they differ by "
-            f"{max(differences):.3g} on a fixed sample of {len(expected)}. The directory must not be used."
+            f"{max(differences):.3g} on a fixed sample of {len(expected)}, where {limit:.3g} can be explained. The "
+            "directory must not be used."
         )
     return max(differences)

@@ -44,6 +44,7 @@ def token_log_probs(hidden_CD: Tensor, head: nn.Module, targets_C: Tensor, tempe
         return TokenLogProbs(empty, empty.detach())
     if _is_plain(head):
         weight = cast(Tensor, head.weight)
+        weight = weight.to(_type_in_training(weight))
         with torch.autocast(hidden_CD.device.type, enabled=False):
             values, entropies = _FrozenHead.apply(hidden_CD.to(weight.dtype), weight, targets_C, temperature)
         return TokenLogProbs(values, entropies)
@@ -63,6 +64,13 @@ def _is_plain(head: nn.Module) -> bool:
     if stock_type(head) is not nn.Linear or cast(Tensor | None, head.bias) is not None:
         return False
     return not (head.weight.requires_grad and torch.is_grad_enabled())
+
+
+def _type_in_training(weight: Tensor) -> torch.dtype:
+    """The type of a head's products where it is trained: else a ratio of old and new probabilities would never be 1."""
+    device = weight.device.type
+    autocast = weight.requires_grad and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _chunk_log_probs(

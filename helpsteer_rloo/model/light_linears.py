@@ -76,9 +76,8 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[Mappin
     affordable = sum(parts.bytes for parts in alone if parts is not None) <= MOST_COPIED_BYTES
     try:
         for bundle in bundles:
-            fused = all(isinstance(module.__dict__.get("forward"), FusedLora) for module in bundle)
-            if not affordable and (fused or len(bundle) > 1):
-                continue  # fused layers are as fast without a copy
+            if not affordable and (len(bundle) > 1 or all(map(_is_fast_enough, bundle))):
+                continue
             parts = _joined([_parts(module) for module in bundle])
             if parts is None:
                 continue
@@ -98,6 +97,15 @@ def light_linears(modules: tuple[nn.Module, ...], rows: int) -> Generator[Mappin
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = fused
+
+
+def _is_fast_enough(module: nn.Module) -> bool:
+    """Whether a layer gains nothing without a copy of its weight: a fused one on a CPU, where products take the time.
+
+    On a GPU every small operation costs as much as another, such as a cast of the adapter's factors at every token.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    return on_cpu and isinstance(module.__dict__.get("forward"), FusedLora)
 
 
 def _bundles(module: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
@@ -193,7 +201,7 @@ def _forward(parts: _Parts, rows: int | None, copies: bool) -> Forward:
     weight = _merged(parts) if merges else parts.weight
     if not copies or rows is None:
         product = _plain(weight, parts.bias)
-        return product if merges or not parts.updates else _with_updates(product, parts.updates)
+        return product if merges or not parts.updates else _with_updates(product, parts)
     return _packed(weight, parts.bias, rows) if merges or not parts.updates else _packed_with_updates(parts, rows)
 
 
@@ -213,12 +221,17 @@ def _packed(weight: Tensor, bias: Tensor | None, rows: int) -> Forward:
     return lambda x: onednn_product(x, packed, bias)
 
 
-def _with_updates(product: Forward, updates: tuple[tuple[Tensor, Tensor], ...]) -> Forward:
+def _with_updates(product: Forward, parts: _Parts) -> Forward:
+    """The sum x Wᵀ + Σ (x Aᵀ) Bᵀ, the low-rank products in the type of the base, as `FusedLora` computes them."""
+    dtype = parts.weight.dtype
+    factors = [(down.to(dtype), up.to(dtype).T) for down, up in parts.updates]
+
     def forward(x: Tensor) -> Tensor:
-        result = product(x)
-        for down, up in updates:
-            result = result + linear(linear(x.to(down.dtype), down), up)
-        return result.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        result = product(rows)
+        for down, up_RO in factors:
+            result = torch.addmm(result, linear(rows, down), up_RO)
+        return result.view(*x.shape[:-1], -1).to(x.dtype)
 
     return forward
 

@@ -84,8 +84,9 @@ class RewardRole:
         """Score every continuation, `batch_size` of them in a pass; one list a group."""
         if self.adapter is None:
             return score_groups(self.model, groups, batch_size)
+        head = cast(nn.Module, self.head).to(next(self.model.parameters()).device)  # FSDP moves the model later
         with acting_as(cast(PeftModel, self.model), self.adapter):
-            return score_groups(self.model, groups, batch_size, head=self.head)
+            return score_groups(self.model, groups, batch_size, head=head)
 
 
 def can_share(policy: nn.Module, base: Base, directory: str | Path) -> bool:

@@ -19,6 +19,10 @@ KERNELS = 64
 of several. Beyond its own limit of 8, PyTorch would go on uncompiled, with the scores of all pairs of tokens in memory.
 """
 
+OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Rows under 128 tokens would go to PyTorch's kernel for decoding, which has blocks of at most 128 queries, counting
+those of all heads that share a key head, and ends with `NoValidChoicesError` where a row has more."""
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], scaling: float | None) -> Tensor:
     """Attention over one packed row: each prompt causal, each continuation to its prompt and causally to itself.
@@ -37,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
     mask = row_mask(tuple(spans), query.device)
     grouped = query.shape[1] != key.shape[1]
     with torch.autocast(query.device.type, enabled=False):  # of one dtype in any case, and one kind of call less
-        return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+        return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped, kernel_options=OPTIONS)
 
 
 @lru_cache(maxsize=16)

@@ -204,13 +204,14 @@ class RLOOKnobs(EngineKnobs):
         None, "Reward model of other data and seed, which the policy is watched with and not trained against."
     )
     watch_steps: int | None = _knob(
-        None, "Optimizer steps between two measurements of the policy (default: save_steps, if there is a guard)."
+        None,
+        "Optimizer steps between two measurements of the policy (default: save_steps, if there is a guard or max_kl).",
     )
     watch_prompts: int = _knob(128, "Prompts to measure it on, which are not trained on; at most a quarter of all.")
     on_alarm: str = _knob(
         "rollback",
-        "What follows when the reward rises and the guard's score falls, or KL is over max_kl: 'rollback' to the best "
-        "checkpoint by the guard, 'stop', or 'warn'.",
+        "What follows when the guard's score falls and the reward does not, or KL is over max_kl: 'rollback' to the "
+        "best checkpoint by the guard, 'stop', or 'warn'.",
     )
     max_kl: float | None = _knob(None, "KL of a completion from the start, in nats, that is not to be exceeded.")
 
@@ -293,14 +294,20 @@ class PipelineKnobs(EngineKnobs):
     use_peft: bool = _knob(False, "Train LoRA adapters instead of all weights, in both stages.")
     reward_model_only: bool = _knob(False, "Stop after the reward model and its verification.")
     rloo_only: bool = _knob(False, "Use the reward model in REWARD_MODEL_DIR instead of training one.")
-    reward_model_dir: str | None = _knob(None, f"Directory of the reward model (default: {DEFAULT_REWARD_MODEL_DIR}).")
-    policy_dir: str | None = _knob(None, f"Directory of the policy (default: {DEFAULT_POLICY_DIR}).")
+    reward_model_dir: str | None = _knob(
+        None, f"Directory of the reward model (default: OUTPUT_DIR/reward_model or {DEFAULT_REWARD_MODEL_DIR})."
+    )
+    policy_dir: str | None = _knob(
+        None, f"Directory of the policy (default: OUTPUT_DIR/policy or {DEFAULT_POLICY_DIR})."
+    )
     guard: bool = _knob(
         False,
         "Train a second reward model, the guard, with another seed on the other half of the prompts (the reward model "
         "then has the first half), and watch the policy with it.",
     )
-    guard_dir: str | None = _knob(None, "Directory of the guard (default: REWARD_MODEL_DIR_guard).")
+    guard_dir: str | None = _knob(
+        None, "Directory of the guard (default: OUTPUT_DIR/guard_model or REWARD_MODEL_DIR_guard)."
+    )
     allow_weak_reward_model: bool = _knob(False, "Go on even if the reward model is not better than chance.")
     evaluation_prompts: int = _knob(256, "Held-out prompts on which the policy is judged before and after.")
     evaluation_batch_size: int = _knob(8, "Completions sampled or scored at once in the evaluation.")

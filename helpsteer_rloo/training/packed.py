@@ -28,6 +28,8 @@ def set_up_packing(trainer: Trainer) -> str | None:
     kind = trainer.accelerator.distributed_type
     if trainer.accelerator.is_fsdp2:
         refuse_lone_loading(trainer)
+        # Else the trainer keeps gradients whole, and in the type of the pass, until the last micro-batch of a step.
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     elif kind != DistributedType.NO and not kind.name.startswith("MULTI_"):
         return f"the engine {kind.name} of accelerate"
     model = trainer.accelerator.unwrap_model(trainer.model)

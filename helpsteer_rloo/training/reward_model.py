@@ -37,7 +37,8 @@ def train_reward_model(
         probes: Token sequences whose scores are returned, to be compared with those of the saved model.
 
     Returns:
-        `steps`, `bad_steps` (those of them that were skipped), `last_metrics`, `base`, `adapter`, and `probe_scores`.
+        `steps`, `bad_steps` (those of them that were skipped), `last_metrics`, `base`, `adapter`, `probe_scores`, and
+        `computed_in`, the type these were computed in, which under FSDP2 need not be that of the saved weights.
     """
     args, patience = _args(settings), settings.own.early_stopping_patience
     setup = build_model_setup(settings, args, task_type="SEQ_CLS")
@@ -65,6 +66,7 @@ def train_reward_model(
     save_final(trainer)
     with whole_weights(model):
         scores = score_sequences(model, probes, batch_size=1)
+        computed_in = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
         "steps": trainer.state.global_step,
         "bad_steps": bad_steps,
@@ -72,6 +74,7 @@ def train_reward_model(
         "base": asdict(setup.base),
         "adapter": setup.peft is not None,
         "probe_scores": scores,
+        "computed_in": computed_in,
     }
 
 

@@ -51,6 +51,7 @@ from helpsteer_rloo.training.rollouts import (
 )
 from helpsteer_rloo.training.row_passes import MicroBatch, RowPasses
 from helpsteer_rloo.training.row_stats import RowStats, metrics_of, summed
+from helpsteer_rloo.training.sharding import loaded_whole
 
 __all__ = ["RLOOConfig", "RLOOTrainer"]
 
@@ -127,7 +128,8 @@ class RLOOTrainer(SamplingRLOOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         if self._packed and can_share(policy, base, directory):
             return load_shared_reward(policy, directory, name)
-        return load_own_reward(directory)
+        with loaded_whole(self):
+            return load_own_reward(directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_reward(self.accelerator.unwrap_model(self.model)):

@@ -1,11 +1,14 @@
-"""What trainers need where FSDP2 shares the weights out over processes."""
+"""What trainers need where FSDP2, or DeepSpeed, shares the weights out over processes."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 _FSDP_WEIGHTS = "pytorch_model_fsdp*"
 """In a checkpoint: what accelerate saves under FSDP, in one file or in parts."""
@@ -25,6 +28,24 @@ def refuse_lone_loading(trainer: Trainer) -> None:
             "Set fsdp_cpu_ram_efficient_loading to false, as configs/accelerate/fsdp2.yaml does. With it only the "
             "first process of a machine loads weights, and models that FSDP does not hold are noise on the others."
         )
+
+
+@contextmanager
+def loaded_whole(trainer: Trainer) -> Generator[None]:
+    """Within, models are loaded whole, also under DeepSpeed's ZeRO-3.
+
+    It would share out the weights of any model that is loaded, and gather only those of models that it was given.
+    """
+    args: Any = trainer.args
+    config = getattr(args.deepspeed_plugin, "dschf", None) or getattr(args, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 def refuse_other_engine(trainer: Trainer, checkpoint: Path) -> None:

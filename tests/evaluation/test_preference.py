@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from helpsteer_rloo.evaluation import stock_scores
+from helpsteer_rloo.evaluation import reload, stock_scores
 from helpsteer_rloo.evaluation.preference import Judgement, ScoredResponse, judge, spread_sample, summarize
 from helpsteer_rloo.evaluation.reload import check_reload, fresh_process
 from helpsteer_rloo.groups import Message, Preference, TokenGroup
@@ -81,6 +81,25 @@ def test_a_reward_model_that_reloads_with_another_head_is_refused(reward_model, 
     changed = score_sequences(reward_model, sequences, 1)
     with pytest.raises(ValueError, match="does not give the scores of the one in memory"):
         check_reload(tmp_path, sequences, changed, asdict(Base("x")))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected", "off", "agrees"),
+    [
+        ("bfloat16", [-12.0, 3.0], 0.25, True),  # four times the spacing of bfloat16 at 12
+        ("bfloat16", [-12.0, 3.0], 0.7, False),
+        ("bfloat16", [0.5, 0.2], 0.06, False),
+        ("float32", [-12.0, 3.0], 1e-4, True),
+        ("float32", [0.5, 0.2], 1e-4, False),
+    ],
+)
+def test_rounding_grows_with_the_scores(monkeypatch, dtype, expected, off, agrees):
+    monkeypatch.setattr(reload, "_in_a_fresh_process", lambda *_: [expected[0] + off, *expected[1:]])
+    if agrees:
+        assert check_reload("x", [], expected, {"dtype": dtype}) == pytest.approx(off)
+        return
+    with pytest.raises(ValueError, match="can be explained"):
+        check_reload("x", [], expected, {"dtype": dtype})
 
 
 def test_a_process_that_was_started_ahead_gives_the_same_answer(reward_model, tmp_path):

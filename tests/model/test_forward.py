@@ -85,6 +85,18 @@ def test_autocast_does_not_round_a_frozen_head():
     assert torch.equal(*gradients)
 
 
+def test_under_autocast_a_trained_head_rounds_alike_with_and_without_a_gradient():
+    torch.manual_seed(0)
+    hidden_CD, targets_C = torch.randn(9, 16), torch.arange(9)
+    head = nn.Linear(16, 40, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = token_log_probs(hidden_CD, head, targets_C).log_probs
+        with torch.no_grad():
+            before = token_log_probs(hidden_CD, head, targets_C).log_probs
+    assert trained.requires_grad
+    torch.testing.assert_close(before, trained.detach(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("multiple", "tokens"), [(1, 22), (4, 24), (5, 25), (64, 22)])
 def test_what_fills_a_row_changes_nothing(tiny_base, multiple, tokens, monkeypatch):
     torch.manual_seed(0)

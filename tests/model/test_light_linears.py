@@ -133,6 +133,23 @@ def test_beyond_the_limit_fused_layers_stay(monkeypatch):
         assert all(model.get_submodule(name).__dict__["forward"] is forward for name, forward in fused.items())
 
 
+def test_on_a_gpu_fused_layers_beyond_the_limit_cast_their_factors_once(monkeypatch):
+    monkeypatch.setattr(module, "MOST_COPIED_BYTES", 0)
+    monkeypatch.setattr(module, "_is_fast_enough", lambda _: False)
+    model = adapted(lora_alpha=12)
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        layer.base_layer.bfloat16()  # under adapters in float32, as they are trained
+    fuse_linears(model)
+    x = X.bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+        with light_linears((model,), rows=5), torch.profiler.profile() as profile:
+            light = model(x)
+    assert light.dtype == torch.bfloat16
+    torch.testing.assert_close(light, expected, rtol=0.02, atol=0.02)
+    assert not any("_to_copy" in event.key for event in profile.key_averages())
+
+
 def test_without_the_packed_product_results_are_the_same(monkeypatch):
     monkeypatch.setattr(module, "gains_by_layout", lambda weight, rows: False)
     assert compared(Small())[2] == []

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model import roles
 from helpsteer_rloo.model.forward import group_log_probs, score_sequences
 from helpsteer_rloo.model.loading import Base, load_reward_model
 from helpsteer_rloo.model.roles import (
@@ -79,6 +80,15 @@ def test_on_the_policys_base_the_reward_model_scores_as_on_its_own(policy, rewar
     assert flat(shared.score(GROUPS, 8)) == pytest.approx(expected, abs=1e-5)
     assert flat(load_own_reward(reward_dir).score(GROUPS, 8)) == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.01
+
+
+def test_a_head_follows_its_model_to_another_device(policy, reward_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr(roles, "score_groups", lambda *_, head: seen.append(head.weight.device.type))
+    shared = load_shared_reward(policy, reward_dir)
+    policy.to("meta")  # as FSDP does when a trainer prepares it
+    shared.score(GROUPS, 8)
+    assert seen == ["meta"]
 
 
 def test_every_role_computes_what_a_model_of_its_own_would(policy, reward_dir, tiny_base):

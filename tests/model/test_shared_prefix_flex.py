@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
+from helpsteer_rloo.model import shared_prefix_flex
 from helpsteer_rloo.model.attention import dense_mask
 from helpsteer_rloo.model.shared_prefix_flex import attend, compiled, mask_function, row_mask
 from helpsteer_rloo.packing import Span
@@ -74,6 +75,14 @@ def test_attention_is_that_under_the_dense_mask(row, heads, key_heads):
     torch.testing.assert_close(attend(query, key, value, spans, 0.3), exact, rtol=1e-5, atol=1e-6)
 
 
+def test_no_row_goes_to_the_kernel_for_decoding(monkeypatch):
+    given = {}
+    monkeypatch.setattr(shared_prefix_flex, "flex_attention", lambda query, *_, **kwargs: given.update(kwargs) or query)
+    query = torch.zeros(1, 4, 50, 16)
+    attend(query, query[:, :1], query[:, :1], [Span(0, 40, (10,))], None)
+    assert given["kernel_options"]["FORCE_USE_FLEX_ATTENTION"]
+
+
 def test_the_mask_is_built_once_a_row():
     spans = spans_of(ROWS["tiny"])
     assert row_mask(spans, CPU) is row_mask(spans_of(ROWS["tiny"]), CPU)
@@ -101,6 +110,7 @@ def test_the_compiled_kernel_is_right_as_lengths_vary():
         spans = spans_of([(prompt, lengths), (30, (9,))])
         query, key, value = (torch.randn(1, heads, spans[-1].end, 32) for heads in (4, 2, 2))
         with torch.no_grad():
-            out = compiled()(query, key, value, block_mask=row_mask(spans, CPU), enable_gqa=True)
+            options = {"kernel_options": shared_prefix_flex.OPTIONS, "enable_gqa": True}
+            out = compiled()(query, key, value, block_mask=row_mask(spans, CPU), **options)
         exact = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(spans), enable_gqa=True)
         torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
