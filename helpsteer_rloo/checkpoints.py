@@ -91,12 +91,12 @@ def full_disk_explained(directory: Path) -> Generator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's, where a checkpoint is written in parts, is no `Exception`
         if not _tells_of_a_full_disk(error):
             raise
         for path in _by_step(directory):
             if not (path / SEAL).exists():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # as other processes do
         newest, _ = newest_whole(directory)
         behind = f"The checkpoint {newest} is good" if newest else "There is no checkpoint yet"
         raise ValueError(
@@ -105,7 +105,7 @@ def full_disk_explained(directory: Path) -> Generator[None]:
         ) from error
 
 
-def _tells_of_a_full_disk(error: Exception) -> bool:
+def _tells_of_a_full_disk(error: BaseException) -> bool:
     """Each library has its own way to say so: an error number, that error's text, or torch's word on its archive."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -95,11 +95,13 @@ def evaluate_policy(
         after_ids = _sampled(model, tokenizer, prompts, knobs)
         drawn = [TokenGroup((), p, (c.ids,)) for p, c in zip(prompts, after_ids, strict=True)]
         log_probs = _completion_log_probs(model, drawn, knobs.temperature)
+        del model  # a name that outlives its context would keep the first in memory beside the second
     with _loaded(pair, trained=False) as model:
         before_ids = _sampled(model, tokenizer, prompts, knobs)
         start_log_probs = _completion_log_probs(model, drawn, knobs.temperature)
         many = [prompt for prompt in prompts for _ in range(knobs.best_of)]
         many_ids = _sampled(model, tokenizer, many, replace(knobs, seed=knobs.seed + 1))
+        del model
     sides = [_answers(ids, tokenizer) for ids in (before_ids, after_ids, many_ids)]
     sides = _scored(sides, prompts, judges.reward_model, knobs.batch_size, "rewards")
     if judges.guard is not None:

@@ -6,13 +6,14 @@ depend on the longest sequence of a call, `helpsteer_rloo.model.support.UNEVEN_R
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from helpsteer_rloo.events import counted
@@ -24,6 +25,7 @@ from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.fused_norms import fuse_norms
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
 from helpsteer_rloo.model.last_layer import narrow_last_layer
+from helpsteer_rloo.model.shadowing import is_hooked
 from helpsteer_rloo.model.support import looks_for_tokens, supports_shared_prefix
 from helpsteer_rloo.packing import PackedRow, Span, pack, split_group
 
@@ -77,7 +79,7 @@ def score_sequences(model: nn.Module, sequences: Sequence[Sequence[int]], batch_
         hidden_BTD, _, mask_BT = _padded_hidden(body, [sequences[i] for i in chunk], weight.device)
         last_B = mask_BT.sum(1) - 1
         hidden_BD = hidden_BTD[torch.arange(len(chunk), device=weight.device), last_B]
-        for index, score in zip(chunk, head(hidden_BD.to(weight.dtype)).float()[:, 0].tolist(), strict=True):
+        for index, score in zip(chunk, _scores(head, hidden_BD).tolist(), strict=True):
             scores[index] = score
     return scores
 
@@ -144,11 +146,21 @@ def _filler(row: PackedRow) -> Span:
 
 def packed_scores(model: nn.Module, head: nn.Module, row: PackedRow) -> Tensor:
     """Score of each continuation of a row, read at its last token by a scalar head; `[B]`, float32 at least."""
+    return _from_hidden(model, row, row.last_positions, lambda hidden_BD: (_scores(head, hidden_BD),))[0]
 
-    def read(hidden_BD: Tensor) -> tuple[Tensor]:
-        return (at_least_float32(head(hidden_BD.to(next(head.parameters()).dtype)))[:, 0],)
 
-    return _from_hidden(model, row, row.last_positions, read)[0]
+def _scores(head: nn.Module, hidden_BD: Tensor) -> Tensor:
+    """What a scalar head makes of hidden states, `[B]`, in float32 at least.
+
+    A head in half precision is multiplied with in float32: in bfloat16 scores from 4 to 8 would be multiples of 1/32,
+    and close pairs ties.
+    """
+    weight = next(head.parameters())
+    if weight.dtype not in (torch.bfloat16, torch.float16) or type(head) is not nn.Linear or is_hooked(head):
+        return at_least_float32(head(hidden_BD.to(weight.dtype)))[:, 0]
+    bias = None if cast(Tensor | None, head.bias) is None else head.bias.float()
+    with torch.autocast(hidden_BD.device.type, enabled=False):
+        return linear(hidden_BD.float(), head.weight.float(), bias)[:, 0]
 
 
 def packed_log_probs(model: nn.Module, row: PackedRow, temperature: float = 1.0) -> TokenLogProbs:

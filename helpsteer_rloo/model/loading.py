@@ -234,7 +234,7 @@ def load_reward_model(directory: str | Path, base: Base | None = None) -> tuple[
         if record["adapter"]:
             model, missing = _classifier(base)
             missing.discard("score.weight")  # which the adapter brings
-            model = PeftModel.from_pretrained(cast(Any, model), str(directory))
+            model = PeftModel.from_pretrained(cast(Any, model), str(directory), torch_device="cpu")
             missing |= _not_in_file(model, directory)
         else:
             model, missing = _classifier(dataclasses.replace(base, name=str(directory), revision=None))
@@ -283,7 +283,7 @@ def load_policy(base: Base, adapter: str | Path | None = None) -> Model:
     try:
         model: Model = AutoModelForCausalLM.from_pretrained(base.name, **base.load_kwargs())
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter))
+            model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
             if missing := _not_in_file(model, adapter):
                 raise ValueError(f"the adapter in {adapter} lacks weights ({min(missing)}, for one). {COPY_AGAIN}")
     except _UNREADABLE as error:

@@ -171,6 +171,20 @@ def without_reward(model: nn.Module) -> Generator[None]:
         del instance.save_pretrained
 
 
+@contextmanager
+def adapters_read_to(model: Any, device: torch.device) -> Generator[None]:
+    """Let a model read adapters to a device; PEFT would to the first GPU, in whatever process that is."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    instance = cast(Any, model)  # a trainer calls its `load_adapter` without a choice of device
+    instance.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
+    try:
+        yield
+    finally:
+        del instance.load_adapter
+
+
 def _scores(adapter: str) -> bool:
     return adapter in (REWARD_ADAPTER, GUARD_ADAPTER) or adapter.startswith(f"{REWARD_ADAPTER}-")
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from helpsteer_rloo.packing import Span
+
+BLOCK = 128
+"""Tokens of a block of the mask, in queries and in keys: what flex attention takes by default."""
 
 KERNELS = 64
 """Kinds of calls that may be compiled for, such as with and without gradients, in each dtype, for rows of one block and
@@ -48,8 +51,35 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
 def row_mask(spans: tuple[Span, ...], device: torch.device) -> BlockMask:
     """Which blocks of a row are masked, for all of its layers; the same in every head."""
     with torch.inference_mode(False):  # a pass with gradients may find what one without them has built
-        total = spans[-1].end
-        return create_block_mask(mask_function(spans, device), None, None, total, total, device)
+        total, visible = spans[-1].end, mask_function(spans, device)
+        seen = _seen_in_blocks(visible, total, device)
+        partial, full = ((seen > 0) & (seen < BLOCK * BLOCK))[None, None], (seen == BLOCK * BLOCK)[None, None]
+        return BlockMask.from_kv_blocks(
+            *_in_order(partial), *_in_order(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(total, total)
+        )
+
+
+def _seen_in_blocks(visible: Any, total: int, device: torch.device) -> Tensor:
+    """How many pairs of a query and a key are visible in each block, `[blocks of queries, blocks of keys]`.
+
+    PyTorch's own function does that for all queries at a time, for which it needs ten bytes a pair.
+    """
+    blocks = -(-total // BLOCK)
+    key_T = torch.arange(blocks * BLOCK, device=device)
+    real_T, token_T = key_T < total, key_T.clamp(max=total - 1)
+    none = torch.zeros((), dtype=torch.long, device=device)
+    counts: list[Tensor] = []
+    for queries in range(0, blocks * BLOCK, BLOCK):
+        own = slice(queries, queries + BLOCK)
+        pairs = visible(none, none, token_T[own, None], token_T) & real_T[own, None] & real_T
+        counts.append(pairs.view(BLOCK, blocks, BLOCK).sum((0, 2)))
+    return torch.stack(counts)
+
+
+def _in_order(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys are chosen for each block of queries, and all blocks of keys, the chosen ones first."""
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1).int(), order.int().contiguous()
 
 
 def mask_function(spans: Sequence[Span], device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -75,8 +105,15 @@ def segments(spans: Sequence[Span]) -> Tensor:
     return torch.tensor([groups, continuations]).repeat_interleave(torch.tensor(lengths), dim=1)
 
 
-@cache
 def compiled(backend: str = "inductor") -> Any:
-    """Flex attention as a kernel, compiled anew for every kind of call, and a second and third time as lengths vary."""
+    """Flex attention as a kernel, compiled anew for every kind of call, and a second and third time as lengths vary.
+
+    How often is a setting of each thread's own, and a backward pass that computes a layer again is in another one.
+    """
     torch.compiler.config.recompile_limit = max(KERNELS, torch.compiler.config.recompile_limit)
+    return _compiled(backend)
+
+
+@cache
+def _compiled(backend: str) -> Any:
     return torch.compile(flex_attention, backend=backend)

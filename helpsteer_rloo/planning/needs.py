@@ -226,6 +226,8 @@ class _Held:
         """Where weights are shared out: all of them, for passes without gradient."""
         if self.rig.weights_over == 1:
             return {}
+        if self.trained.adapter is None:  # gathered in the type that they are computed with
+            return {"gathered weights": self.parameters * self.trained.compute}
         return {"gathered weights": _base_bytes(self.trained, self.parameters)}
 
     @property
@@ -235,7 +237,8 @@ class _Held:
             return {}
         layer, shape = self.trained.shape.layer_parameters(), self.trained.shape
         outside = self.parameters - shape.layers * layer
-        return {"gathered weights": (2 * layer + outside) * self.trained.weights}
+        width = self.trained.compute if self.trained.adapter is None else self.trained.weights
+        return {"gathered weights": (2 * layer + outside) * width}
 
     @property
     def cast(self) -> Items:

@@ -41,7 +41,6 @@ def set_up_packing(trainer: Trainer) -> str | None:
         return "dropout in attention"
     if not prepare_packed(model):
         return f"the architecture of {type(base_model(model)).__name__}, or layers or adapters that it was given"
-    trainer.args.ddp_broadcast_buffers = False  # constants, whose broadcast would wait for processes without a row
     return None
 
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -83,6 +85,17 @@ def test_autocast_does_not_round_a_frozen_head():
     assert torch.equal(plain, rounded)
     gradients = [torch.autograd.grad(values.sum(), hidden_CD)[0] for values in (plain, rounded)]
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_scores_of_a_head_in_half_precision_are_not_rounded_to_it(bias):
+    torch.manual_seed(0)
+    hidden_BD, head = 10 * torch.randn(9, 16).bfloat16(), nn.Linear(16, 1, bias=bias).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_B = forward._scores(head, hidden_BD)
+    exact_B = copy.deepcopy(head).double()(hidden_BD.double())[:, 0]
+    torch.testing.assert_close(scores_B.double(), exact_B, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(scores_B, scores_B.bfloat16().float())
 
 
 def test_under_autocast_a_trained_head_rounds_alike_with_and_without_a_gradient():

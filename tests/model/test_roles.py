@@ -82,6 +82,15 @@ def test_on_the_policys_base_the_reward_model_scores_as_on_its_own(policy, rewar
     assert max(expected) - min(expected) > 0.01
 
 
+def test_adapters_are_read_to_the_device_that_is_named(policy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(type(policy), "load_adapter", lambda *_, **given: seen.append(given))
+    with roles.adapters_read_to(policy, torch.device("meta", 3)):
+        policy.load_adapter("here", "default", is_trainable=True)
+    policy.load_adapter("here", "default")
+    assert seen == [{"is_trainable": True, "torch_device": "meta:3"}, {}]
+
+
 def test_a_head_follows_its_model_to_another_device(policy, reward_dir, monkeypatch):
     seen = []
     monkeypatch.setattr(roles, "score_groups", lambda *_, head: seen.append(head.weight.device.type))

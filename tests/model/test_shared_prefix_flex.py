@@ -1,9 +1,11 @@
 import shutil
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from helpsteer_rloo.model import shared_prefix_flex
@@ -101,6 +103,33 @@ def test_every_kind_of_call_is_compiled_for():
                         out = attention(query, query, query, block_mask=row_mask(spans, CPU))
                     exact = scaled_dot_product_attention(query, query, query, attn_mask=dense_mask(spans))
                     torch.testing.assert_close(out, exact, rtol=error, atol=error)
+
+
+def test_every_thread_may_compile_as_often():
+    limits = []
+    compiled(backend="eager")
+
+    def recomputes():
+        compiled(backend="eager")
+        limits.append(torch.compiler.config.recompile_limit)
+
+    thread = threading.Thread(target=recomputes)
+    thread.start()
+    thread.join()
+    assert limits == [shared_prefix_flex.KERNELS]
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_the_mask_is_the_one_that_pytorch_makes(row):
+    spans = spans_of(row)
+    total = spans[-1].end
+    theirs = create_block_mask(mask_function(spans, CPU), None, None, total, total, CPU)
+    for ours, expected in zip(row_mask(spans, CPU).as_tuple(), theirs.as_tuple(), strict=True):
+        assert type(ours) is type(expected)
+        if isinstance(expected, torch.Tensor):
+            assert (ours.dtype, ours.tolist()) == (expected.dtype, expected.tolist())
+        elif not callable(expected):
+            assert ours == expected
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_more_gpus_share_what_they_are_told_to_share():
     for kind in ("trained weights", "optimizer", "gradients"):
         assert fsdp[kind] == alone[kind] / 8
     sampling = items(request(rig=Rig(processes=8, sharding="fsdp")), "RLOO", "sampling")
-    assert sampling["gathered weights"] == 4 * SHAPE.causal_parameters()
+    assert sampling["gathered weights"] == 2 * SHAPE.causal_parameters()  # as they are computed with, bfloat16
     zero = items(request(rig=Rig(processes=8, sharding="zero2")), "reward model", "pass and backward")
     weights = SHAPE.classifier_parameters()
     assert (zero["trained weights"], zero["optimizer"]) == (2 * weights, 12 * weights / 8)
