@@ -172,13 +172,13 @@ def without_reward(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def adapters_read_to(model: Any, device: torch.device) -> Generator[None]:
-    """Let a model read adapters to a device; PEFT would to the first GPU, in whatever process that is."""
+def adapters_read_on_cpu(model: Any) -> Generator[None]:
+    """Let a model read adapters' files on the CPU; PEFT does so on the first GPU, in whatever process that is."""
     if not isinstance(model, PeftModel):
         yield
         return
     instance = cast(Any, model)  # a trainer calls its `load_adapter` without a choice of device
-    instance.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
+    instance.load_adapter = functools.partial(model.load_adapter, torch_device="cpu")
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
-from helpsteer_rloo.model.roles import adapters_read_to
+from helpsteer_rloo.model.roles import adapters_read_on_cpu
 
 
 @dataclass
@@ -35,11 +35,11 @@ class ResumesExactly(Trainer):
     _total_train_tokens: int
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with adapters_read_to(self.model if model is None else model, self.args.device):
+        with adapters_read_on_cpu(self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with adapters_read_to(self.model, self.args.device):
+        with adapters_read_on_cpu(self.model):
             super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:

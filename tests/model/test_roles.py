@@ -82,13 +82,13 @@ def test_on_the_policys_base_the_reward_model_scores_as_on_its_own(policy, rewar
     assert max(expected) - min(expected) > 0.01
 
 
-def test_adapters_are_read_to_the_device_that_is_named(policy, monkeypatch):
+def test_adapters_are_read_on_the_cpu(policy, monkeypatch):
     seen = []
     monkeypatch.setattr(type(policy), "load_adapter", lambda *_, **given: seen.append(given))
-    with roles.adapters_read_to(policy, torch.device("meta", 3)):
+    with roles.adapters_read_on_cpu(policy):
         policy.load_adapter("here", "default", is_trainable=True)
     policy.load_adapter("here", "default")
-    assert seen == [{"is_trainable": True, "torch_device": "meta:3"}, {}]
+    assert seen == [{"is_trainable": True, "torch_device": "cpu"}, {}]
 
 
 def test_a_head_follows_its_model_to_another_device(policy, reward_dir, monkeypatch):
