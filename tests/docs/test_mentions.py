@@ -19,7 +19,7 @@ OF_OTHERS = {
     "docs/tutorials/eight-gpus.md": r"--num_processes",
     "docs/memory.md": r"--huge_pages|--pairs",
     "docs/watching-a-run.md": r"--logdir",
-    "docs/performance.md": r"--steps|--huge_pages|--quick",
+    "docs/performance.md": r"--steps|--huge_pages|--quick|--threads",
     "CONTRIBUTING.md": r"--check",
     "README.md": r"--config_file",
 }
