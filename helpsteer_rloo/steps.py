@@ -118,7 +118,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
     def work() -> dict[str, Any]:
         from helpsteer_rloo.data.preparation import half_of
         from helpsteer_rloo.evaluation import stock_scores
-        from helpsteer_rloo.evaluation.reload import TOLERANCE, check_reload, fresh_process
+        from helpsteer_rloo.evaluation.reload import check_reload, fresh_process, rounding
         from helpsteer_rloo.model.loading import check_base
         from helpsteer_rloo.model.memory import release
         from helpsteer_rloo.training.lost_processes import lost_processes_explained
@@ -144,7 +144,7 @@ def reward_stage(settings: Settings[RewardKnobs], context: DataContext, name: st
             _refuse_diverged(scores, directory)
             if process is None:
                 return {}
-            limit = max(TOLERANCE[computed_in], TOLERANCE[training["base"]["dtype"]])
+            limit = rounding(scores, computed_in, training["base"]["dtype"])
             difference = check_reload(directory, probes, scores, training["base"], limit, process)
         say(f"Reloaded {directory} in a fresh process: {len(probes)} scores agree (to {difference:.2g}).")
         training["pairs"] = sum(len(group.preferences) for group in train)

@@ -13,10 +13,19 @@ from typing import Any
 from helpsteer_rloo.evaluation import stock_log_probs, stock_scores
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01, "float64": 1e-5}
-"""Largest difference that the arithmetic of each type can explain: as a share of the largest score, or absolute where
+"""Largest difference that the arithmetic of each type can explain, as a share of the largest score, or absolute where
 all scores are below 1. A head that was lost is off by as much as the scores are large."""
 EXACT = 1e-4
-"""The same for scores or log-probabilities that were computed in float32 on both sides."""
+"""Largest difference of scores, or log-probabilities in nats, that were computed in float32 on both sides."""
+
+
+def rounding(scores: Sequence[float], *dtypes: str) -> float:
+    """Largest difference, in score units, that rounding can explain where scores are computed in some types.
+
+    >>> rounding([-12.0, 3.0], "bfloat16", "float32"), rounding([0.5], "bfloat16")
+    (0.6000000000000001, 0.05)
+    """
+    return max(TOLERANCE[dtype] for dtype in dtypes) * max([1.0, *map(abs, scores)])
 
 
 class FreshProcess:
@@ -83,7 +92,7 @@ def check_reload(
         sequences: Ids.
         expected: Their scores.
         base: How the base model's weights are held (`helpsteer_rloo.model.loading.Base` as a dictionary).
-        limit: Largest difference allowed, as in `TOLERANCE` (default: that of the type of `base`).
+        limit: Largest difference allowed, in score units (default: `rounding` in the type of `base`).
         process: One that runs `stock_scores` and has not been asked yet (default: one that is started now).
 
     Returns:
@@ -94,7 +103,7 @@ def check_reload(
     """
     answer = process.answer if process else partial(_in_a_fresh_process, stock_scores)
     scores = answer(directory, sequences, base)
-    return _checked(directory, scores, expected, TOLERANCE[base["dtype"]] if limit is None else limit)
+    return _checked(directory, scores, expected, rounding(expected, base["dtype"]) if limit is None else limit)
 
 
 def check_log_probs(
@@ -119,7 +128,6 @@ def _in_a_fresh_process(
 
 def _checked(directory: str | Path, found: Sequence[float], expected: Sequence[float], limit: float) -> float:
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    limit *= max([1.0, *map(abs, expected)])
     if not all(difference <= limit for difference in differences):  # NaN is not
         raise ValueError(
             f"The model saved in {directory} does not give the scores of the one in memory: they differ by "
