@@ -119,7 +119,7 @@ def comparison(spec: Spec, runs: Mapping[str, Sequence[Run]], options: Options) 
     the memory that the imported libraries took, and `peak_above_model_bytes_*` over libraries and models.
     `flops_fraction_of_gemm_peak` counts what a step of ours needs at the least, against the rate of `torch.mm`, which
     is not the fastest that every machine has: `flops_fraction_of_fastest_gemm` is against that. Under gradient
-    checkpointing the body's forward runs a second time, which `flops_fraction_with_recomputation` counts too.
+    checkpointing the body's linear layers run a second time, which `flops_fraction_with_recomputation` counts too.
     """
     ours, trl = runs["ours"], runs["trl"]
     row: dict[str, Any] = {

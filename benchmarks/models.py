@@ -123,6 +123,11 @@ def forward_flops(shape: Shape, work: Work) -> float:
     return shapes.forward_flops(shape, work, shape.lora_parameters(LORA_RANK))
 
 
+def recomputed_flops(shape: Shape, work: Work) -> float:
+    """What checkpointing computes again on a CPU: the linear layers, not attention."""
+    return shapes.linear_flops(shape, work, shape.lora_parameters(LORA_RANK))
+
+
 def backward_flops(shape: Shape, work: Work) -> float:
     """Backward of a frozen body: gradients of its inputs, gradients of inputs and weights of LoRA, and of attention."""
     return shapes.backward_flops(shape, work, shape.lora_parameters(LORA_RANK))

@@ -95,7 +95,7 @@ def measure(spec: Spec) -> Run:
         **measure.joined(rates),
         "copy_bytes_per_second": measure.copy_bytes_per_second(),
         "flops": forward + models.backward_flops(shape, work) / spec["steps"],
-        "recomputed_flops": forward if spec["checkpointing"] else 0,
+        "recomputed_flops": models.recomputed_flops(shape, work) / spec["steps"] if spec["checkpointing"] else 0,
         "flops_seconds": result["seconds"],
         "versions": measure.versions(),
     }

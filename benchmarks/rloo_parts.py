@@ -146,7 +146,7 @@ def needed(spec: Spec, shape: Shape, prompts: Sequence[int], result: Run) -> Run
     seconds = result["phase_seconds"]
     return {
         "flops": sum(flops.values()),
-        "recomputed_flops": forward / steps if spec["checkpointing"] else 0,
+        "recomputed_flops": models.recomputed_flops(shape, work) / steps if spec["checkpointing"] else 0,
         "flops_seconds": result["seconds"] - seconds.get("sampling", 0.0),
         "phase_flops_fraction": {
             phase: count / seconds[phase] / gemm for phase, count in flops.items() if phase in seconds

@@ -24,6 +24,7 @@ from helpsteer_rloo.model.fused_gates import fuse_gates
 from helpsteer_rloo.model.fused_linears import fuse_linears
 from helpsteer_rloo.model.fused_norms import fuse_norms
 from helpsteer_rloo.model.heads import TokenLogProbs, at_least_float32, token_log_probs
+from helpsteer_rloo.model.kept_attention import keep_attention
 from helpsteer_rloo.model.last_layer import narrow_last_layer
 from helpsteer_rloo.model.shadowing import is_hooked
 from helpsteer_rloo.model.support import looks_for_tokens, supports_shared_prefix
@@ -108,6 +109,7 @@ def _from_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int], rea
     """
     inner = base_model(model)
     body, device = body_of(inner), next(inner.parameters()).device
+    keep_attention(cast(Any, body).layers)
     filler = _filler(row) if device.type == "cpu" else Span(0, 0, ())
     causal = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     places_C = torch.tensor(positions, dtype=torch.long, device=device)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from helpsteer_rloo.model.kept_attention import kept
 from helpsteer_rloo.packing import Span, cheapest_runs, check_cover
 
 CALL_COST = 8192
@@ -254,7 +255,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float | None) -> Tensor:
-        out, lse_TH1 = _forward(query, key, value, plan, scaling)
+        out, lse_TH1 = kept(lambda: _forward(query, key, value, plan, scaling))
         ctx.save_for_backward(query, key, value, out, lse_TH1)
         ctx.plan, ctx.scaling = plan, scaling
         return out

@@ -134,21 +134,26 @@ def saved_in_network(net: Net) -> tuple[int, int]:
 def saved_bytes(net: Net, row: Row, *, checkpointing: bool) -> int:
     """What the body keeps of a row for its backward pass, the final norm's input and the states that are read among it.
 
-    With checkpointing that is each layer's input alone.
+    With checkpointing that is each layer's input, and on a CPU what its attention results in.
     """
     s = net.shape
     end = row.tokens * (net.weights * s.hidden + FLOAT32)
     if checkpointing:
-        return s.layers * row.tokens * net.weights * s.hidden + end
+        return s.layers * row.tokens * (net.weights * s.hidden + kept_of_attention(net)) + end
     norm, behind = saved_in_network(net)
     every = row.tokens * (saved_in_attention(net) + norm)
     return s.layers * every + ((s.layers - 1) * row.tokens + row.read) * behind + end
 
 
+def kept_of_attention(net: Net) -> int:
+    """Bytes a token of the result and the log-sum-exps, which a CPU does not compute again under checkpointing."""
+    return net.compute * net.shape.queries + FLOAT32 * net.shape.heads if net.cpu else 0
+
+
 def saved_in_layer(net: Net, row: Row) -> int:
     """What one layer keeps that is computed again under checkpointing; it computes every token, the last one too."""
     norm, behind = saved_in_network(net)
-    return row.tokens * (saved_in_attention(net) + norm + behind)
+    return row.tokens * (saved_in_attention(net) - kept_of_attention(net) + norm + behind)
 
 
 def _kept_inputs(net: Net, names: Sequence[str], width: int) -> int:

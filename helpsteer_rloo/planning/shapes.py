@@ -253,7 +253,12 @@ def forward_flops(shape: Shape, work: Work, adapter: int = 0) -> float:
         work: Tokens, and pairs that attend.
         adapter: Weights of LoRA, if there is any.
     """
-    return 2 * (shape.body_parameters() + adapter) * work.tokens + _attention_flops(shape, work)
+    return linear_flops(shape, work, adapter) + _attention_flops(shape, work)
+
+
+def linear_flops(shape: Shape, work: Work, adapter: int = 0) -> float:
+    """Those of the linear layers and adapters alone: what checkpointing computes again where attention is kept."""
+    return 2 * (shape.body_parameters() + adapter) * work.tokens
 
 
 def backward_flops(shape: Shape, work: Work, adapter: int = 0) -> float:

@@ -20,7 +20,7 @@ from helpsteer_rloo.planning.request import (
     Watch,
     named,
 )
-from helpsteer_rloo.planning.shapes import Shape, Work, backward_flops, forward_flops, head_flops
+from helpsteer_rloo.planning.shapes import Shape, Work, backward_flops, forward_flops, head_flops, linear_flops
 
 TERA, GIGA = 1e12, 1e9
 
@@ -75,22 +75,23 @@ def _adapter(trained: Trained | Judge) -> int:
     return 0 if trained.adapter is None else trained.adapter.parameters(trained.shape)
 
 
-def step_flops(trained: Trained, work: Work, predicted: float) -> float:
-    """Forward, backward and what checkpointing computes again, of a training pass.
+def step_flops(trained: Trained, work: Work, predicted: float, *, cpu: bool) -> float:
+    """Forward, backward and what checkpointing computes again, of a training pass; on a CPU that is without attention.
 
     The vocabulary head: twice if it is frozen, value and gradient; four times if it is trained, since it is run again.
     """
     shape, adapter = trained.shape, _adapter(trained)
     forward = forward_flops(shape, work, adapter)
     head = (4 if trained.adapter is None else 2) * head_flops(shape, predicted)
-    return (2 if trained.checkpointing else 1) * forward + backward_flops(shape, work, adapter) + head
+    again = (linear_flops(shape, work, adapter) if cpu else forward) if trained.checkpointing else 0
+    return forward + again + backward_flops(shape, work, adapter) + head
 
 
 def _reward(stage: RewardStage, request: Request, corpus: Corpus, rate: Rate | None) -> list[Part]:
     trained, processes = stage.trained, request.rig.processes
     pairs = corpus.pairs * (0.5 if stage.half else 1) * stage.epochs
     work = corpus.work_a_pair * pairs
-    flops = step_flops(trained, work, 0)
+    flops = step_flops(trained, work, 0, cpu=request.rig.cpu)
     steps = round(pairs / stage.pairs_of_all) or 1
     held = corpus.work_a_pair * corpus.heldout_pairs
     check = forward_flops(trained.shape, held, _adapter(trained))
@@ -117,7 +118,7 @@ def _rloo(stage: RLOOStage, request: Request, corpus: Corpus, rate: Rate | None)
     if stage.reference:
         flops = forward + head_flops(shape, predicted)
         parts.append(Part("RLOO", "reference", work.tokens, flops, _seconds(flops, trained.compute, rate, processes)))
-    flops = step_flops(trained, work, predicted) * stage.epochs
+    flops = step_flops(trained, work, predicted, cpu=request.rig.cpu) * stage.epochs
     seconds = _seconds(flops, trained.compute, rate, processes)
     parts.append(Part("RLOO", "training", work.tokens * stage.epochs, flops, seconds, stage.steps))
     return parts if stage.watch is None else [*parts, *_watch(stage, stage.watch, corpus, rate, processes)]
