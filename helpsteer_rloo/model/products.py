@@ -27,13 +27,23 @@ def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tenso
 
 
 def _is_faster(x: Tensor, weight_OI: Tensor) -> bool:
-    """Elsewhere than on x86, oneDNN has no float32 products of its own for weights that are not laid out."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == weight_OI.dtype == torch.float32
-        and x.numel() * weight_OI.shape[0] >= LEAST_MULTIPLICATIONS
+        x.numel() * weight_OI.shape[0] >= LEAST_MULTIPLICATIONS
+        and x.dtype == weight_OI.dtype
         and _is_dense(x)
         and _is_dense(weight_OI)
+        and onednn_leads(x)
+    )
+
+
+def onednn_leads(x: Tensor) -> bool:
+    """Whether large products with a tensor of this device and dtype are faster by oneDNN than as PyTorch computes them.
+
+    Elsewhere than on x86 it has no float32 products of its own for weights that are not laid out.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
         and platform.machine().lower() in ("x86_64", "amd64")
         and not is_intel()
         and has_onednn(torch.float32)

@@ -8,7 +8,8 @@ for its continuations, and merged exactly: with outputs `o` and log-sum-exps `l`
 (how FlashAttention merges blocks, Dao et al. 2022, arXiv 2205.14135). The gradients of a block follow from the merged
 `out` and `lse` alone, so the backward of each block is the kernel's own.
 
-The kernels are those behind `scaled_dot_product_attention` on the CPU. They compute the masked half of causal
+The kernels are those behind `scaled_dot_product_attention` on the CPU, and for large blocks without a mask matrix
+products, where these are faster (`helpsteer_rloo.model.large_blocks`). The kernels compute the masked half of causal
 attention up to 512 keys as well, so that longer ranges are cut here. Half precision is computed in float32: where the
 processor has no matrix unit for it, the kernels gain nothing by it in long ranges, lose much in short ones, and sum the
 gradients of keys in it.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from helpsteer_rloo.model import large_blocks
 from helpsteer_rloo.model.kept_attention import kept
 from helpsteer_rloo.packing import Span, cheapest_runs, check_cover
 
@@ -64,9 +66,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
     """
     check_cover(spans, query.shape[2])
     plan = plan_row(tuple(spans))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attend.apply(query, key, value, plan, scaling)
-    return _forward(query, key, value, plan, scaling)[0]
+        return _Attend.apply(query, key, value, plan, scale)
+    return _forward(query, key, value, plan, scale)[0]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -254,7 +257,7 @@ class _Attend(torch.autograd.Function):
     """`_forward` with a gradient; the row's output and log-sum-exps are all that it keeps beside its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float | None) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> Tensor:
         out, lse_TH1 = kept(lambda: _forward(query, key, value, plan, scaling))
         ctx.save_for_backward(query, key, value, out, lse_TH1)
         ctx.plan, ctx.scaling = plan, scaling
@@ -288,7 +291,7 @@ def _row(x: Tensor) -> Tensor:
     return row_THE if row_THE.stride(-1) == 1 else row_THE.contiguous()
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float | None) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: float) -> tuple[Tensor, Tensor]:
     """The output of `attend`, and the log-sum-exps, `[T, H, 1]`, in float32 or better."""
     query_THE, key_THE, value_THE = _row(query), _row(key), _row(value)
     out_THE = query_THE.new_empty(query_THE.shape)
@@ -298,8 +301,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: flo
         own.put(out_THE, out)
         own.put(lse_TH1, lse[..., None])
     for queries, keys, bias in plan.across:
-        block = queries.take(query_THE), keys.take(key_THE), keys.take(value_THE)
-        out, lse = _flash(*block, attn_mask=_as(bias, query_THE), scale=scaling)
+        out, lse = _attend_block(_block(queries, keys, bias, (query_THE, key_THE, value_THE), scaling))
         so_far, lse_so_far = queries.take(out_THE), queries.take(lse_TH1)
         lse = lse[..., None]
         queries.put(out_THE, torch.lerp(so_far, out, torch.sigmoid(lse - lse_so_far)))
@@ -307,7 +309,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: flo
     return out_THE.to(query.dtype).transpose(0, 1)[None], lse_TH1
 
 
-def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float | None) -> list[Tensor]:
+def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float) -> list[Tensor]:
     """Gradients of query, key and value, each `[T, H, E]`."""
     totals = [torch.empty_like(x) for x in saved[:3]]
     for own in plan.causal:
@@ -317,15 +319,31 @@ def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float | None
         for total, part in zip(totals, parts, strict=True):
             own.put(total, part)
     for queries, keys, bias in plan.across:
-        key, value = keys.take(saved.key_THE), keys.take(saved.value_THE)
-        query, out, lse = (queries.take(x) for x in (saved.query_THE, saved.out_THE, saved.lse_TH1))
-        grad = queries.take_gradient(grad_THE)
-        mask = _as(bias, query)
-        parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, False, attn_mask=mask, scale=scaling)
+        out, lse = queries.take(saved.out_THE), queries.take(saved.lse_TH1)[..., 0]
+        block = _block(queries, keys, bias, saved[:3], scaling)
+        parts = _block_gradients(block, queries.take_gradient(grad_THE), out, lse)
         for where, total, part in zip((queries, keys, keys), totals, parts, strict=True):
             where.add(total, part)
     return totals
 
 
-def _as(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(like.dtype)
+def _block(
+    queries: Ranges, keys: Ranges, bias: Tensor | None, row: tuple[Tensor, Tensor, Tensor], scaling: float
+) -> large_blocks.Block:
+    """A batch of blocks of a row's queries, keys and values."""
+    query_THE, key_THE, value_THE = row
+    bias = None if bias is None else bias.to(query_THE.dtype)
+    return large_blocks.Block(queries.take(query_THE), keys.take(key_THE), keys.take(value_THE), bias, scaling)
+
+
+def _attend_block(block: large_blocks.Block) -> tuple[Tensor, Tensor]:
+    """The output `[n, H, L, E]` and the log-sum-exps `[n, H, L]`, by whichever is faster."""
+    if large_blocks.gains(block):
+        return large_blocks.attend(block)
+    return _flash(*block[:3], attn_mask=block.bias, scale=block.scaling)
+
+
+def _block_gradients(block: large_blocks.Block, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    if large_blocks.gains(block):
+        return large_blocks.gradients(block, grad, out, lse)
+    return _flash_backward(grad, *block[:3], out, lse, 0.0, False, attn_mask=block.bias, scale=block.scaling)
