@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from helpsteer_rloo.planning.shapes import Shape, is_target
-from helpsteer_rloo.sizes import CHUNK
+from helpsteer_rloo.sizes import CHUNK, MOST_SCORES
 
 FLOAT32 = 4
 """Bytes of sums and exponentials, whatever the model's type."""
@@ -179,7 +179,7 @@ def attention_moment(net: Net) -> int:
 
     The embeddings, which the body's forward holds to its end, the residual stream and h; turned queries, keys and
     values; the result and the log-sum-exps. On a CPU besides: all of these in float32, and for about half of the tokens
-    what is gathered of them and the kernel's own result.
+    what is gathered of them, the queries once more, scaled, and the block's own result.
     """
     s = net.shape
     inputs, result = s.queries + 2 * s.keys, s.queries
@@ -187,7 +187,7 @@ def attention_moment(net: Net) -> int:
     if not net.cpu:
         return held
     wide = FLOAT32 * (inputs + result) if net.compute < FLOAT32 else 0
-    return held + wide + FLOAT32 * (inputs + result) // 2
+    return held + wide + FLOAT32 * (inputs + 3 * result) // 2
 
 
 def attention_backward_moment(net: Net) -> int:
@@ -202,6 +202,13 @@ def attention_backward_moment(net: Net) -> int:
         return given + net.compute * inputs + FLOAT32 * s.heads
     wide = FLOAT32 * (inputs + 2 * result) if net.compute < FLOAT32 else 0
     return given + wide + FLOAT32 * (2 * inputs + result)
+
+
+def scores_bytes(net: Net, tokens: int) -> int:
+    """On a CPU, what a large block of attention is computed with: twice an eighth of a row's scores, or two tiles."""
+    if not net.cpu:
+        return 0
+    return 2 * FLOAT32 * min(MOST_SCORES, net.shape.heads // net.shape.kv_heads * tokens**2 // 8)
 
 
 def network_moment(net: Net) -> int:
@@ -301,7 +308,8 @@ def inference_bytes(net: Net, row: Row) -> PassBytes:
     """A pass without gradient: one layer's worst moment, or the head."""
     s = net.shape
     final = row.tokens * s.hidden * net.weights
-    layer = row.tokens * (max(attention_moment(net), network_moment(net)) + 2 * s.head_dim * net.compute)
+    attention = row.tokens * attention_moment(net) + scores_bytes(net, row.tokens)
+    layer = max(attention, row.tokens * network_moment(net)) + row.tokens * 2 * s.head_dim * net.compute
     head = head_bytes(net, row.predicted, trained=False, gradient=False)
     return PassBytes(layer) if layer >= final + head else PassBytes(final, head)
 
@@ -319,7 +327,7 @@ def training_bytes(net: Net, row: Row, *, checkpointing: bool) -> PassBytes:
     moments = (
         PassBytes(kept + final, head),
         PassBytes(kept + layer + network_backward_moment(net) * tokens_behind),
-        PassBytes(kept + layer - behind + attention_backward_moment(net) * row.tokens),
+        PassBytes(kept + layer - behind + attention_backward_moment(net) * row.tokens + scores_bytes(net, row.tokens)),
     )
     worst = max(moments, key=lambda moment: moment.total)
     return replace(worst, holes=heap_holes(net, row.tokens, checkpointing=checkpointing))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks import models
 from helpsteer_rloo.groups import TokenGroup
+from helpsteer_rloo.model import products
 from helpsteer_rloo.model.forward import packed_log_probs, packed_scores, prepare_packed, scalar_head
 from helpsteer_rloo.packing import PackedRow
 from helpsteer_rloo.planning.memory import (
@@ -29,6 +30,12 @@ from helpsteer_rloo.planning.shapes import QWEN3, Shape
 
 SHAPE = Shape(96, 3, 4, 2, 32, 256, 512)
 LENGTHS = (96, (80, 64, 80))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch):
+    """A processor of another maker than Intel, on which large blocks of attention are products of oneDNN's."""
+    monkeypatch.setattr(products, "is_intel", lambda: False)
 
 
 def group():

@@ -1,0 +1,111 @@
+"""Blocks of attention as matrix products: against the softmax as it is written, and within a row."""
+
+import math
+
+import pytest
+import torch
+
+from helpsteer_rloo.model import large_blocks, products, shared_prefix_cpu
+from helpsteer_rloo.model.large_blocks import LEAST_SCORES, Block
+from helpsteer_rloo.packing import Span
+from tests.model.test_attention import EDGES, draw, under_dense_mask
+
+SHAPES = {  # ranges, query heads, key heads, queries, keys
+    "several": (3, 6, 2, 5, 7),
+    "one head": (1, 1, 1, 4, 9),
+    "one key": (2, 4, 4, 3, 1),
+    "one query": (1, 4, 2, 1, 6),
+}
+
+
+def block_of(shape, dtype=torch.float64, *, hidden=0, scaling=0.4):
+    ranges, heads, key_heads, queries, keys = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def states(count, length):  # laid out as in a row: heads of a token side by side
+        return torch.randn(ranges, length, count, 8, generator=generator, dtype=dtype).transpose(1, 2)
+
+    bias = None
+    if hidden:
+        bias = torch.zeros(ranges, 1, 1, keys, dtype=dtype)
+        bias[0, ..., -hidden:] = -torch.inf
+    return Block(states(heads, queries), states(key_heads, keys), states(key_heads, keys), bias, scaling)
+
+
+def plain(block):
+    """Output and log-sum-exps by autograd's own operations."""
+    repeats = block.query.shape[1] // block.key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (block.key, block.value))
+    scores = block.query @ key.mT * block.scaling + (0 if block.bias is None else block.bias)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+@pytest.fixture(params=[large_blocks.MOST_SCORES, 12], ids=["one tile", "many tiles"])
+def tiles(request, monkeypatch):
+    monkeypatch.setattr(large_blocks, "MOST_SCORES", request.param)
+
+
+@pytest.mark.parametrize("hidden", [0, 2])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.usefixtures("tiles")
+def test_outputs_and_gradients_are_those_of_the_softmax(shape, hidden):
+    block = block_of(shape, hidden=hidden if shape[-1] > hidden else 0)
+    states = [x.requires_grad_() for x in block[:3]]
+    expected, expected_lse = plain(block)
+    grad = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out, lse = large_blocks.attend(block)
+        found = large_blocks.gradients(block, grad, out, lse)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+    for one, other in zip(found, torch.autograd.grad(expected, states, grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("spans", [*EDGES.values(), (Span(0, 300, (40, 300)),)], ids=[*EDGES, "long"])
+@pytest.mark.usefixtures("tiles")
+def test_a_row_whose_blocks_go_this_way_meets_the_dense_mask(spans, monkeypatch):
+    taken = []
+    monkeypatch.setattr(large_blocks, "gains", lambda block: taken.append(block) or True)
+    inputs = draw(spans)
+    ours, exact = shared_prefix_cpu.attend(*inputs, spans, None), under_dense_mask(*inputs, spans, None)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+    assert bool(taken) == any(span.prompt and span.continuations for span in spans)
+    weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
+    gradients = (torch.autograd.grad(out, inputs, weights) for out in (ours, exact))
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not products.has_onednn(torch.float32), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_in_float32_it_is_as_exact_as_the_kernels(spread, monkeypatch):
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    block = block_of((1, 8, 4, 256, 600), torch.float32, hidden=9, scaling=spread / math.sqrt(8))
+    assert large_blocks.gains(block)
+    wide = Block(*(x.double() for x in block[:3]), block.bias.double(), block.scaling)
+    exact, exact_lse = plain(wide)
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    exact_gradients = large_blocks.gradients(wide, grad.double(), exact, exact_lse)
+    kernel = shared_prefix_cpu._flash(*block[:3], attn_mask=block.bias, scale=block.scaling)
+    kernel_gradients = shared_prefix_cpu._flash_backward(
+        grad, *block[:3], *kernel, 0.0, False, attn_mask=block.bias, scale=block.scaling
+    )
+    ours = large_blocks.attend(block)
+    our_gradients = large_blocks.gradients(block, grad, *ours)
+    for found, theirs, true in zip(
+        (*ours, *our_gradients), (*kernel, *kernel_gradients), (exact, exact_lse, *exact_gradients), strict=True
+    ):
+        errors = [(x.double() - true).abs().max() / true.abs().max() for x in (found, theirs)]
+        assert errors[0] <= 3 * errors[1] + 1e-6
+
+
+@pytest.mark.skipif(not products.has_onednn(torch.float32), reason="this build of PyTorch has no oneDNN")
+def test_it_is_taken_for_large_blocks_in_float32_where_onednn_leads(monkeypatch):
+    monkeypatch.setattr(products, "is_intel", lambda: False)
+    large, small = (1, 8, 4, 128, LEAST_SCORES // 256), (1, 8, 4, 127, LEAST_SCORES // 256)
+    assert large_blocks.gains(block_of(large, torch.float32))
+    assert not large_blocks.gains(block_of(small, torch.float32))
+    assert not large_blocks.gains(block_of(large, torch.float64))
+    monkeypatch.setattr(products, "is_intel", lambda: True)
+    assert not large_blocks.gains(block_of(large, torch.float32))
