@@ -14,7 +14,6 @@ MOST_COPIED_BYTES = 2 * 2**30
 """Weights are copied for sampling if all of them together are no more than this; a part would cost memory and gain
 little."""
 MOST_SCORES = 2**19
-"""On a CPU, scores of attention that exist at one time where a large block is computed as products, or those of one
-query."""
+"""On a CPU, scores in one tensor where a large block of attention is computed as products, or those of one query."""
 SHORT = 128
 """On a CPU, most tokens of a prompt with a continuation in rows whose attention is computed range by range."""

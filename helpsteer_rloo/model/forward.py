@@ -109,7 +109,8 @@ def _from_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int], rea
     """
     inner = base_model(model)
     body, device = body_of(inner), next(inner.parameters()).device
-    keep_attention(cast(Any, body).layers)
+    if device.type == "cpu":
+        keep_attention(cast(Any, body).layers)
     filler = _filler(row) if device.type == "cpu" else Span(0, 0, ())
     causal = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     places_C = torch.tensor(positions, dtype=torch.long, device=device)

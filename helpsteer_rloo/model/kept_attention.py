@@ -1,7 +1,8 @@
 """Results of attention that checkpointing keeps, so that only the rest of a layer is computed again.
 
 Under checkpointing a layer is computed a second time in the backward pass, from its input. On a CPU attention takes a
-third of that time or more, and its result is no larger than the input, which is kept in any case.
+third of that time or more, and its result is about as large as the input, which is kept in any case (in small Qwen3
+models, whose heads together are wider than the hidden states, up to twice as large).
 """
 
 from collections import deque
@@ -15,26 +16,26 @@ from torch import Tensor, nn
 Results = tuple[Tensor, ...]
 
 
-class _Layer:
+class _Pass:
     """The context of a layer's pass, the first or, in the backward pass, another one.
 
     Args:
         results: What the first pass kept, in the order in which it was computed.
-        again: Whether this is another pass.
+        recomputes: Whether this is another pass.
     """
 
-    def __init__(self, results: deque[Results], *, again: bool) -> None:
-        self.results, self.again = results, again
-        self._tokens: list[Token[_Layer | None]] = []
+    def __init__(self, results: deque[Results], *, recomputes: bool) -> None:
+        self.results, self.recomputes = results, recomputes
+        self._tokens: list[Token[_Pass | None]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_layer.set(self))
+        self._tokens.append(_pass.set(self))
 
     def __exit__(self, *_: object) -> None:
-        _layer.reset(self._tokens.pop())
+        _pass.reset(self._tokens.pop())
 
 
-_layer: ContextVar[_Layer | None] = ContextVar("layer", default=None)
+_pass: ContextVar[_Pass | None] = ContextVar("pass", default=None)
 
 
 def keep_attention(layers: Iterable[nn.Module]) -> None:
@@ -56,19 +57,19 @@ def kept(compute: Callable[[], Results]) -> Results:
 
     It is computed again where the graph is kept and sent backward a second time.
     """
-    layer = _layer.get()
-    if layer is None:
+    current = _pass.get()
+    if current is None:
         return compute()
-    if layer.again and layer.results:
-        return layer.results.popleft()
+    if current.recomputes and current.results:
+        return current.results.popleft()
     results = compute()
-    if not layer.again:
+    if not current.recomputes:
         # Without their history, which autograd gives to the tensors that are returned.
-        layer.results.append(tuple(result.detach() for result in results))
+        current.results.append(tuple(result.detach() for result in results))
     return results
 
 
-def _contexts() -> tuple[_Layer, _Layer]:
+def _contexts() -> tuple[_Pass, _Pass]:
     """The contexts of a checkpointed call's two passes, as `torch.utils.checkpoint.checkpoint` asks for them."""
     results = deque[Results]()
-    return _Layer(results, again=False), _Layer(results, again=True)
+    return _Pass(results, recomputes=False), _Pass(results, recomputes=True)

@@ -6,9 +6,9 @@ for its continuations, and merged exactly: with outputs `o` and log-sum-exps `l`
     lse = logaddexp(l_own, l_other),    out = o_own + sigmoid(l_other - l_own) · (o_other - o_own)
 
 (how FlashAttention merges blocks, Dao et al. 2022, arXiv 2205.14135). The gradients of a block follow from the merged
-`out` and `lse` alone, so the backward of each block is the kernel's own.
+`out` and `lse` alone, so each block has a backward of its own.
 
-The kernels are those behind `scaled_dot_product_attention` on the CPU, and for large blocks without a mask matrix
+The kernels are those behind `scaled_dot_product_attention` on the CPU, and for large blocks that are not causal matrix
 products, where these are faster (`helpsteer_rloo.model.large_blocks`). The kernels compute the masked half of causal
 attention up to 512 keys as well, so that longer ranges are cut here. Half precision is computed in float32: where the
 processor has no matrix unit for it, the kernels gain nothing by it in long ranges, lose much in short ones, and sum the
@@ -67,9 +67,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
     check_cover(spans, query.shape[2])
     plan = plan_row(tuple(spans))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attend.apply(query, key, value, plan, scale)
-    return _forward(query, key, value, plan, scale)[0]
+    with torch.autocast("cpu", enabled=False):  # under which products are computed in half precision
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return _Attend.apply(query, key, value, plan, scale)
+        return _forward(query, key, value, plan, scale)[0]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -270,7 +271,8 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse_TH1 = ctx.saved_tensors
         saved = _Saved(_row(query), _row(key), _row(value), _row(out), lse_TH1)
-        gradients = _backward(_row(grad_outputs[0]), saved, ctx.plan, ctx.scaling)
+        with torch.autocast("cpu", enabled=False):
+            gradients = _backward(_row(grad_outputs[0]), saved, ctx.plan, ctx.scaling)
         return *(x.transpose(0, 1)[None].to(query.dtype) for x in gradients), None, None
 
 
@@ -301,7 +303,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: flo
         own.put(out_THE, out)
         own.put(lse_TH1, lse[..., None])
     for queries, keys, bias in plan.across:
-        out, lse = _attend_block(_block(queries, keys, bias, (query_THE, key_THE, value_THE), scaling))
+        out, lse = _attend_block(_states(queries, keys, bias, (query_THE, key_THE, value_THE), scaling))
         so_far, lse_so_far = queries.take(out_THE), queries.take(lse_TH1)
         lse = lse[..., None]
         queries.put(out_THE, torch.lerp(so_far, out, torch.sigmoid(lse - lse_so_far)))
@@ -320,30 +322,30 @@ def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float) -> li
             own.put(total, part)
     for queries, keys, bias in plan.across:
         out, lse = queries.take(saved.out_THE), queries.take(saved.lse_TH1)[..., 0]
-        block = _block(queries, keys, bias, saved[:3], scaling)
-        parts = _block_gradients(block, queries.take_gradient(grad_THE), out, lse)
+        states = _states(queries, keys, bias, saved[:3], scaling)
+        parts = _block_gradients(states, queries.take_gradient(grad_THE), out, lse)
         for where, total, part in zip((queries, keys, keys), totals, parts, strict=True):
             where.add(total, part)
     return totals
 
 
-def _block(
+def _states(
     queries: Ranges, keys: Ranges, bias: Tensor | None, row: tuple[Tensor, Tensor, Tensor], scaling: float
-) -> large_blocks.Block:
+) -> large_blocks.States:
     """A batch of blocks of a row's queries, keys and values."""
     query_THE, key_THE, value_THE = row
     bias = None if bias is None else bias.to(query_THE.dtype)
-    return large_blocks.Block(queries.take(query_THE), keys.take(key_THE), keys.take(value_THE), bias, scaling)
+    return large_blocks.States(queries.take(query_THE), keys.take(key_THE), keys.take(value_THE), bias, scaling)
 
 
-def _attend_block(block: large_blocks.Block) -> tuple[Tensor, Tensor]:
+def _attend_block(states: large_blocks.States) -> tuple[Tensor, Tensor]:
     """The output `[n, H, L, E]` and the log-sum-exps `[n, H, L]`, by whichever is faster."""
-    if large_blocks.gains(block):
-        return large_blocks.attend(block)
-    return _flash(*block[:3], attn_mask=block.bias, scale=block.scaling)
+    if large_blocks.gains(states):
+        return large_blocks.attend(states)
+    return _flash(*states[:3], attn_mask=states.bias, scale=states.scaling)
 
 
-def _block_gradients(block: large_blocks.Block, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-    if large_blocks.gains(block):
-        return large_blocks.gradients(block, grad, out, lse)
-    return _flash_backward(grad, *block[:3], out, lse, 0.0, False, attn_mask=block.bias, scale=block.scaling)
+def _block_gradients(states: large_blocks.States, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    if large_blocks.gains(states):
+        return large_blocks.gradients(states, grad, out, lse)
+    return _flash_backward(grad, *states[:3], out, lse, 0.0, False, attn_mask=states.bias, scale=states.scaling)

@@ -61,6 +61,25 @@ def test_gradients_are_those_without_checkpointing(model, row):  # noqa: F811
         assert_equal(gradients(model, loss_of(model, row)), expected)
 
 
+def test_graphs_side_by_side_have_each_their_own(model):  # noqa: F811
+    other = PackedRow((TokenGroup((), tuple(range(1, 50)) * 4, ((2, 3, 4) * 15, (7, 8))),))
+    checkpointed(model)
+    expected = [gradients(model, loss_of(model, row)) for row in (LONG, other)]
+    first, second = loss_of(model, LONG), loss_of(model, other)
+    assert_equal(gradients(model, first), expected[0])
+    assert_equal(gradients(model, second), expected[1])
+
+
+def test_it_is_kept_however_checkpointing_is_turned_on_again(model, calls):  # noqa: F811
+    checkpointed(model)
+    for kwargs in ({}, {"every_n_layers": 2}):
+        model.activation_checkpointing_disable()
+        model.activation_checkpointing_enable({"use_reentrant": False}, **kwargs)
+        gradients(model, loss_of(model))
+        assert len(calls) == LAYERS
+        calls.clear()
+
+
 def test_attention_is_computed_once_a_layer(model, calls):  # noqa: F811
     gradients(model, loss_of(checkpointed(model)))
     assert len(calls) == LAYERS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpsteer_rloo.model import large_blocks, products, shared_prefix_cpu
-from helpsteer_rloo.model.large_blocks import LEAST_SCORES, Block
+from helpsteer_rloo.model.large_blocks import LEAST_SCORES, States
 from helpsteer_rloo.packing import Span
 from tests.model.test_attention import EDGES, draw, under_dense_mask
 
@@ -18,7 +18,7 @@ SHAPES = {  # ranges, query heads, key heads, queries, keys
 }
 
 
-def block_of(shape, dtype=torch.float64, *, hidden=0, scaling=0.4):
+def states_of(shape, dtype=torch.float64, *, hidden=0, scaling=0.4):
     ranges, heads, key_heads, queries, keys = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -29,18 +29,18 @@ def block_of(shape, dtype=torch.float64, *, hidden=0, scaling=0.4):
     if hidden:
         bias = torch.zeros(ranges, 1, 1, keys, dtype=dtype)
         bias[0, ..., -hidden:] = -torch.inf
-    return Block(states(heads, queries), states(key_heads, keys), states(key_heads, keys), bias, scaling)
+    return States(states(heads, queries), states(key_heads, keys), states(key_heads, keys), bias, scaling)
 
 
-def plain(block):
+def plain(states):
     """Output and log-sum-exps by autograd's own operations."""
-    repeats = block.query.shape[1] // block.key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (block.key, block.value))
-    scores = block.query @ key.mT * block.scaling + (0 if block.bias is None else block.bias)
+    repeats = states.query.shape[1] // states.key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (states.key, states.value))
+    scores = states.query @ key.mT * states.scaling + (0 if states.bias is None else states.bias)
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-@pytest.fixture(params=[large_blocks.MOST_SCORES, 12], ids=["one tile", "many tiles"])
+@pytest.fixture(params=[large_blocks.MOST_SCORES, 12, 100_000], ids=["one tile", "a query each", "large tiles"])
 def tiles(request, monkeypatch):
     monkeypatch.setattr(large_blocks, "MOST_SCORES", request.param)
 
@@ -49,16 +49,16 @@ def tiles(request, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.usefixtures("tiles")
 def test_outputs_and_gradients_are_those_of_the_softmax(shape, hidden):
-    block = block_of(shape, hidden=hidden if shape[-1] > hidden else 0)
-    states = [x.requires_grad_() for x in block[:3]]
-    expected, expected_lse = plain(block)
+    states = states_of(shape, hidden=hidden if shape[-1] > hidden else 0)
+    leaves = [x.requires_grad_() for x in states[:3]]
+    expected, expected_lse = plain(states)
     grad = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        out, lse = large_blocks.attend(block)
-        found = large_blocks.gradients(block, grad, out, lse)
+        out, lse = large_blocks.attend(states)
+        found = large_blocks.gradients(states, grad, out, lse)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
-    for one, other in zip(found, torch.autograd.grad(expected, states, grad), strict=True):
+    for one, other in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
@@ -66,7 +66,7 @@ def test_outputs_and_gradients_are_those_of_the_softmax(shape, hidden):
 @pytest.mark.usefixtures("tiles")
 def test_a_row_whose_blocks_go_this_way_meets_the_dense_mask(spans, monkeypatch):
     taken = []
-    monkeypatch.setattr(large_blocks, "gains", lambda block: taken.append(block) or True)
+    monkeypatch.setattr(large_blocks, "gains", lambda states: taken.append(states) or True)
     inputs = draw(spans)
     ours, exact = shared_prefix_cpu.attend(*inputs, spans, None), under_dense_mask(*inputs, spans, None)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
@@ -77,22 +77,29 @@ def test_a_row_whose_blocks_go_this_way_meets_the_dense_mask(spans, monkeypatch)
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.skipif(not products.has_onednn(torch.float32), reason="this build of PyTorch has no oneDNN")
-@pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_in_float32_it_is_as_exact_as_the_kernels(spread, monkeypatch):
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A processor on which oneDNN's products are the faster ones."""
     monkeypatch.setattr(products, "is_intel", lambda: False)
-    block = block_of((1, 8, 4, 256, 600), torch.float32, hidden=9, scaling=spread / math.sqrt(8))
-    assert large_blocks.gains(block)
-    wide = Block(*(x.double() for x in block[:3]), block.bias.double(), block.scaling)
+    if not products.onednn_leads(torch.ones(1)):
+        pytest.skip("this build or processor has no products of oneDNN's in float32")
+
+
+@pytest.mark.usefixtures("elsewhere", "tiles")
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_in_float32_it_is_as_exact_as_the_kernels(spread):
+    states = states_of((2, 8, 4, 256, 600), torch.float32, hidden=9, scaling=spread / math.sqrt(8))
+    assert large_blocks.gains(states)
+    wide = States(*(x.double() for x in states[:3]), states.bias.double(), states.scaling)
     exact, exact_lse = plain(wide)
     grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     exact_gradients = large_blocks.gradients(wide, grad.double(), exact, exact_lse)
-    kernel = shared_prefix_cpu._flash(*block[:3], attn_mask=block.bias, scale=block.scaling)
+    kernel = shared_prefix_cpu._flash(*states[:3], attn_mask=states.bias, scale=states.scaling)
     kernel_gradients = shared_prefix_cpu._flash_backward(
-        grad, *block[:3], *kernel, 0.0, False, attn_mask=block.bias, scale=block.scaling
+        grad, *states[:3], *kernel, 0.0, False, attn_mask=states.bias, scale=states.scaling
     )
-    ours = large_blocks.attend(block)
-    our_gradients = large_blocks.gradients(block, grad, *ours)
+    ours = large_blocks.attend(states)
+    our_gradients = large_blocks.gradients(states, grad, *ours)
     for found, theirs, true in zip(
         (*ours, *our_gradients), (*kernel, *kernel_gradients), (exact, exact_lse, *exact_gradients), strict=True
     ):
@@ -100,12 +107,24 @@ def test_in_float32_it_is_as_exact_as_the_kernels(spread, monkeypatch):
         assert errors[0] <= 3 * errors[1] + 1e-6
 
 
-@pytest.mark.skipif(not products.has_onednn(torch.float32), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.usefixtures("elsewhere")
 def test_it_is_taken_for_large_blocks_in_float32_where_onednn_leads(monkeypatch):
-    monkeypatch.setattr(products, "is_intel", lambda: False)
     large, small = (1, 8, 4, 128, LEAST_SCORES // 256), (1, 8, 4, 127, LEAST_SCORES // 256)
-    assert large_blocks.gains(block_of(large, torch.float32))
-    assert not large_blocks.gains(block_of(small, torch.float32))
-    assert not large_blocks.gains(block_of(large, torch.float64))
+    assert large_blocks.gains(states_of(large, torch.float32))
+    assert not large_blocks.gains(states_of(small, torch.float32))
+    assert not large_blocks.gains(states_of(large, torch.float64))
     monkeypatch.setattr(products, "is_intel", lambda: True)
-    assert not large_blocks.gains(block_of(large, torch.float32))
+    assert not large_blocks.gains(states_of(large, torch.float32))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_autocast_changes_nothing():
+    spans = (Span(0, 300, (20, 250)),)
+    inputs = draw(spans, torch.float32)
+    weights = torch.randn(1, 4, spans[-1].end, 8, generator=torch.Generator().manual_seed(1))
+    plain = shared_prefix_cpu.attend(*inputs, spans, None)
+    expected = torch.autograd.grad(plain, inputs, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = shared_prefix_cpu.attend(*inputs, spans, None)
+        gradients = torch.autograd.grad(found, inputs, weights)
+    assert all(torch.equal(x, y) for x, y in zip((plain, *expected), (found, *gradients), strict=True))
