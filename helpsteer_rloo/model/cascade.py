@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from helpsteer_rloo.groups import TokenGroup
 from helpsteer_rloo.model.attention import shared_prefix_attention
@@ -152,16 +153,18 @@ class Decode:
         return torch.cat(outputs).reshape(rows, 1, heads, size)
 
     def _append(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        rows, heads, _, size = key.shape
         if index not in self._own:
             room = min(self._most, FIRST_TOKENS)
-            self._own[index] = cast(Any, tuple(_room(new, room) for new in (key, value)))
-        elif self._step == self._own[index][0].shape[2]:
-            room = min(self._most, 2 * self._step)
-            self._own[index] = cast(Any, tuple(_grown(cache, room) for cache in self._own[index]))
+            self._own[index] = key.new_zeros(rows, heads, size, room), value.new_zeros(rows, heads, room, size)
+        elif self._step == self._own[index][0].shape[3]:
+            more = min(self._most, 2 * self._step) - self._step
+            keys, values = self._own[index]
+            self._own[index] = pad(keys, (0, more)), pad(values, (0, 0, 0, more))
         keys, values = self._own[index]
-        keys[:, :, self._step], values[:, :, self._step] = key[:, :, 0], value[:, :, 0]
-        seen = min(-(-(self._step + 1) // OWN_MULTIPLE) * OWN_MULTIPLE, keys.shape[2])
-        return keys[:, :, :seen], values[:, :, :seen]
+        keys[..., self._step], values[:, :, self._step] = key[:, :, 0], value[:, :, 0]
+        seen = min(-(-(self._step + 1) // OWN_MULTIPLE) * OWN_MULTIPLE, keys.shape[3])
+        return keys[..., :seen], values[:, :, :seen]
 
 
 class _Block:
@@ -185,7 +188,6 @@ class _Block:
         rectangular = len(slots) == len(fill)
         self._fill = None if rectangular else torch.tensor(fill, device=device)
         self._slots = None if rectangular else torch.tensor(slots, device=device)
-        self._rows = self._shape if rectangular else (self.rows,)
         lengths_G = torch.tensor(lengths, device=device)
         self.lengths_R1 = lengths_G.repeat_interleave(torch.tensor(counts, device=device))[:, None]
         self._bias_X1T = self._bias(lengths_G)
@@ -217,41 +219,28 @@ class _Block:
                 )
         return _Block(caches, lengths, [counts[group] for group in left])
 
-    def attend(self, index: int, own: int, queries_RHQE: Tensor, keys_RHTE: Tensor, values_RHTE: Tensor) -> Tensor:
+    def attend(self, index: int, own: int, queries_RHQE: Tensor, keys_RHET: Tensor, values_RHTE: Tensor) -> Tensor:
         """Attention of scaled queries to prompts and to the first `own` of the rows' own keys, `[R, H, Q, E]`.
 
-        Rows stay apart as prompts and places where every prompt has equally many, which saves copies.
+        Scores are put together in the order of the prompts, whose are most of them.
         """
         prompt_keys, prompt_values = (cache.flatten(0, 1) for cache in self._caches[index])
-        shared = self._by_prompt(queries_RHQE.unflatten(0, self._rows)) @ prompt_keys
+        shared = self._by_prompt(queries_RHQE) @ prompt_keys
         if self._bias_X1T is not None:
             shared += self._bias_X1T
-        scores = (queries_RHQE @ keys_RHTE.transpose(2, 3)).unflatten(0, self._rows)
-        scores[..., own:] = -torch.inf
-        weights = torch.cat([self._by_row(shared, scores), scores], dim=-1).softmax(-1)
-        on_prompt, on_own = weights.split([shared.shape[-1], scores.shape[-1]], dim=-1)
-        from_own = (on_own.flatten(0, -4) @ values_RHTE).unflatten(0, self._rows)
-        return (from_own + self._by_row(self._by_prompt(on_prompt) @ prompt_values, scores)).view(queries_RHQE.shape)
+        scores_RHQT = queries_RHQE @ keys_RHET
+        scores_RHQT[..., own:] = -torch.inf
+        weights = torch.cat([shared, self._by_prompt(scores_RHQT)], dim=-1).softmax(-1)
+        on_prompt, on_own = weights.split([shared.shape[-1], scores_RHQT.shape[-1]], dim=-1)
+        return self._by_row(on_prompt @ prompt_values) + self._by_row(on_own) @ values_RHTE
 
-    def _by_prompt(self, x: Tensor) -> Tensor:
-        """What belongs to rows, side by side for each prompt: `[*rows, H, Q, X]` to `[G·H, S·Q, X]`."""
-        if self._fill is not None:
-            x = x.index_select(0, self._fill).unflatten(0, self._shape)
-        return x.transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    def _by_prompt(self, x_RHQX: Tensor) -> Tensor:
+        """What belongs to rows, side by side for each prompt, `[G·H, S·Q, X]`."""
+        x = x_RHQX if self._fill is None else x_RHQX.index_select(0, self._fill)
+        return x.unflatten(0, self._shape).transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
-    def _by_row(self, x: Tensor, like: Tensor) -> Tensor:
+    def _by_row(self, x: Tensor) -> Tensor:
         """The way back from `_by_prompt`."""
         groups, places = self._shape
-        x_GSHQX = x.view(groups, -1, places, like.shape[-2], x.shape[-1]).transpose(1, 2)
-        return x_GSHQX if self._slots is None else x_GSHQX.flatten(0, 1).index_select(0, self._slots)
-
-
-def _room(new: Tensor, tokens: int) -> Tensor:
-    rows, heads, _, size = new.shape
-    return new.new_zeros(rows, heads, tokens, size)
-
-
-def _grown(cache: Tensor, tokens: int) -> Tensor:
-    grown = _room(cache, tokens)
-    grown[:, :, : cache.shape[2]] = cache
-    return grown
+        x_RHQX = x.unflatten(0, (groups, -1)).unflatten(2, (places, -1)).transpose(1, 2).flatten(0, 1)
+        return x_RHQX if self._slots is None else x_RHQX.index_select(0, self._slots)

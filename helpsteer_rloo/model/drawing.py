@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from helpsteer_rloo.model.exponentials import exp
+
 BLOCK = 512
 """Tokens of the vocabulary whose weights are summed before anything is accumulated."""
 NUCLEUS = 1024
@@ -46,7 +48,8 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, *, temperature: float, top_k: int
     if top_p < 1:
         scores_RV = _cut(scores_RV, _nucleus_threshold(scores_RV, top_p))
     peak_R1 = scores_RV.amax(-1, keepdim=True)
-    weights_RV = (scores_RV - peak_R1).exp_()
+    weights_RV = scores_RV - peak_R1
+    exp(weights_RV, out=weights_RV)
     ids_R1, total_R1 = _invert(weights_RV, uniform_R[:, None])
     log_probs_R1 = scores_RV.gather(-1, ids_R1) - peak_R1 - total_R1.log().to(scores_RV.dtype)
     untruncated_R1 = log_probs_R1

@@ -112,8 +112,8 @@ def _from_hidden(model: nn.Module, row: PackedRow, positions: Sequence[int], rea
     if device.type == "cpu":
         keep_attention(cast(Any, body).layers)
     filler = _filler(row) if device.type == "cpu" else Span(0, 0, ())
-    causal = {"logits_to_keep": 1} if inner.get_output_embeddings() is not None else {}
     places_C = torch.tensor(positions, dtype=torch.long, device=device)
+    causal = {"logits_to_keep": places_C[:0]} if inner.get_output_embeddings() is not None else {}
     states: list[Tensor] = []
     results: list[tuple[Tensor, ...]] = []
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from helpsteer_rloo.model.exponentials import exp
 from helpsteer_rloo.model.products import product
 from helpsteer_rloo.model.shadowing import is_hooked
 from helpsteer_rloo.model.sharding import stock_type
@@ -109,7 +110,7 @@ class _FrozenHead(torch.autograd.Function):
             if temperature != 1.0:
                 z_CV /= temperature
             z_CV -= z_CV.amax(-1, keepdim=True)
-            torch.exp(z_CV, out=p_CV)
+            exp(z_CV, out=p_CV)
             total_C1 = p_CV.sum(-1, keepdim=True)
             log_total_C1 = total_C1.log()
             values_C[part] = (z_CV.gather(-1, targets_C1) - log_total_C1)[:, 0]

@@ -246,13 +246,14 @@ def _complete(
     rows = [(piece.prompt[-1], seed) for piece in chunk for seed in piece.seeds]
     record = _Record(rows, sampling, inner.device)
     logits_RV = head(hidden_GD)[groups]
-    while left := record.add(logits_RV):
-        if len(left) <= LIVE_SHARE * len(logits_RV):
-            cascade.keep(left)
-            record.keep(left)
-        if goes_on is not None and not goes_on(int(record.last()[0, 0])):
-            break
-        logits_RV = head(step(record.last(), cascade.advance(), cascade))
+    with torch.inference_mode():  # which takes less of the time of small operations than `no_grad`
+        while left := record.add(logits_RV):
+            if len(left) <= LIVE_SHARE * len(logits_RV):
+                cascade.keep(left)
+                record.keep(left)
+            if goes_on is not None and not goes_on(int(record.last()[0, 0])):
+                break
+            logits_RV = head(step(record.last(), cascade.advance(), cascade))
     return record.completions()
 
 

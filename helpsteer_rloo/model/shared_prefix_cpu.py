@@ -8,16 +8,17 @@ for its continuations, and merged exactly: with outputs `o` and log-sum-exps `l`
 (how FlashAttention merges blocks, Dao et al. 2022, arXiv 2205.14135). The gradients of a block follow from the merged
 `out` and `lse` alone, so each block has a backward of its own.
 
-The kernels are those behind `scaled_dot_product_attention` on the CPU, and for large blocks that are not causal matrix
-products, where these are faster (`helpsteer_rloo.model.large_blocks`). The kernels compute the masked half of causal
-attention up to 512 keys as well, so that longer ranges are cut here. Half precision is computed in float32: where the
-processor has no matrix unit for it, the kernels gain nothing by it in long ranges, lose much in short ones, and sum the
-gradients of keys in it.
+The kernels are those behind `scaled_dot_product_attention` on the CPU, and for large blocks matrix products, where
+these are faster (`helpsteer_rloo.model.large_blocks`). The kernels compute the masked half of causal attention up to
+512 keys as well, so that longer ranges are cut for them. Half precision is computed in float32: where the processor has
+no matrix unit for it, the kernels gain nothing by it in long ranges, lose much in short ones, and sum the gradients of
+keys in it.
 
 Further axes, beside those of `helpsteer_rloo.groups`: n ranges of a batch, L tokens of the longest of them, H heads of
 the query or, in keys and values, their fewer heads, E head size.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ CALL_COST = 8192
 """What one more kernel call costs, in pairs of a query and a key; padding below it is the cheaper choice."""
 
 PIECE = 256
-"""Longest range that attends to itself in one piece."""
+"""Longest range that attends to itself in one piece in a kernel."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -65,7 +66,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
         ValueError: the spans do not cover the row.
     """
     check_cover(spans, query.shape[2])
-    plan = plan_row(tuple(spans))
+    like = query.new_empty(0, dtype=_type_to_compute_in(query))
+    plan = plan_row(tuple(spans), large_blocks.least_causal(like, query.shape[1] // key.shape[1]))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):  # under which products are computed in half precision
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -166,8 +168,8 @@ class Block(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan_row(spans: tuple[Span, ...]) -> Plan:
-    """Which kernel calls a row takes; its spans lie side by side."""
+def plan_row(spans: tuple[Span, ...], whole: int = sys.maxsize) -> Plan:
+    """Which kernel calls a row takes; its spans lie side by side, and ranges of `whole` tokens or more are not cut."""
     causal: list[Block] = []
     # A batch writes each token once, so that prompts and pieces stay apart, and pieces with more or fewer keys, which
     # may meet the same queries.
@@ -179,7 +181,7 @@ def plan_row(spans: tuple[Span, ...]) -> Plan:
             prompts.append(Block(first, span.end - first, span.start, span.prompt))
         continuations = zip(span.continuation_starts(), span.continuations, strict=True)
         for start, length in [(span.start, span.prompt), *continuations]:
-            own, between = split_causal(start, length)
+            own, between = ([(start, length)], []) if length >= whole else split_causal(start, length)
             causal += [Block(*piece, *piece) for piece in own]
             for block in between:
                 pieces[block.keys].append(block)
@@ -286,10 +288,14 @@ class _Saved(NamedTuple):
     lse_TH1: Tensor
 
 
+def _type_to_compute_in(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _row(x: Tensor) -> Tensor:
     """`[1, H, T, E]` as `[T, H, E]`, in the dtype to compute in; the kernels want the last axis dense."""
     row_THE = x[0].transpose(0, 1)
-    row_THE = row_THE.to(torch.promote_types(x.dtype, torch.float32))
+    row_THE = row_THE.to(_type_to_compute_in(x))
     return row_THE if row_THE.stride(-1) == 1 else row_THE.contiguous()
 
 
@@ -299,7 +305,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scaling: flo
     out_THE = query_THE.new_empty(query_THE.shape)
     lse_TH1 = query_THE.new_empty(*query_THE.shape[:2], 1)
     for own in plan.causal:
-        out, lse = _flash(own.take(query_THE), own.take(key_THE), own.take(value_THE), 0.0, True, scale=scaling)
+        out, lse = _attend_block(_states(own, own, None, (query_THE, key_THE, value_THE), scaling))
         own.put(out_THE, out)
         own.put(lse_TH1, lse[..., None])
     for queries, keys, bias in plan.across:
@@ -315,9 +321,9 @@ def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float) -> li
     """Gradients of query, key and value, each `[T, H, E]`."""
     totals = [torch.empty_like(x) for x in saved[:3]]
     for own in plan.causal:
-        query, key, value, out, lse = (own.take(x) for x in saved)
-        grad = own.take_gradient(grad_THE)
-        parts = _flash_backward(grad, query, key, value, out, lse[..., 0], 0.0, True, scale=scaling)
+        out, lse = own.take(saved.out_THE), own.take(saved.lse_TH1)[..., 0]
+        states = _states(own, own, None, saved[:3], scaling)
+        parts = _block_gradients(states, own.take_gradient(grad_THE), out, lse)
         for total, part in zip(totals, parts, strict=True):
             own.put(total, part)
     for queries, keys, bias in plan.across:
@@ -332,20 +338,21 @@ def _backward(grad_THE: Tensor, saved: _Saved, plan: Plan, scaling: float) -> li
 def _states(
     queries: Ranges, keys: Ranges, bias: Tensor | None, row: tuple[Tensor, Tensor, Tensor], scaling: float
 ) -> large_blocks.States:
-    """A batch of blocks of a row's queries, keys and values."""
+    """A batch of blocks of a row's queries, keys and values; causal if the keys are those of the queries."""
     query_THE, key_THE, value_THE = row
     bias = None if bias is None else bias.to(query_THE.dtype)
-    return large_blocks.States(queries.take(query_THE), keys.take(key_THE), keys.take(value_THE), bias, scaling)
+    taken = queries.take(query_THE), keys.take(key_THE), keys.take(value_THE)
+    return large_blocks.States(*taken, bias, scaling, causal=keys is queries)
 
 
 def _attend_block(states: large_blocks.States) -> tuple[Tensor, Tensor]:
     """The output `[n, H, L, E]` and the log-sum-exps `[n, H, L]`, by whichever is faster."""
     if large_blocks.gains(states):
         return large_blocks.attend(states)
-    return _flash(*states[:3], attn_mask=states.bias, scale=states.scaling)
+    return _flash(*states[:3], 0.0, states.causal, attn_mask=states.bias, scale=states.scaling)
 
 
 def _block_gradients(states: large_blocks.States, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     if large_blocks.gains(states):
         return large_blocks.gradients(states, grad, out, lse)
-    return _flash_backward(grad, *states[:3], out, lse, 0.0, False, attn_mask=states.bias, scale=states.scaling)
+    return _flash_backward(grad, *states[:3], out, lse, 0.0, states.causal, attn_mask=states.bias, scale=states.scaling)

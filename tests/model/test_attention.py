@@ -159,7 +159,9 @@ def test_the_cpu_is_served_with_and_without_its_kernels(monkeypatch, supported):
     monkeypatch.setattr(shared_prefix_cpu, "supported", lambda: supported)
     monkeypatch.setattr(short_prefix_cpu, "SHORT", 0)
     plan_row, spans = shared_prefix_cpu.plan_row, EDGES["mixed"]
-    monkeypatch.setattr(shared_prefix_cpu, "plan_row", lambda spans: calls.append(spans) or plan_row(spans))
+    monkeypatch.setattr(
+        shared_prefix_cpu, "plan_row", lambda spans, whole: calls.append(spans) or plan_row(spans, whole)
+    )
     inputs = draw(spans)
     out, weights = shared_prefix_attention(torch.nn.Module(), *inputs, None, spans=spans, scaling=0.4)
     assert weights is None

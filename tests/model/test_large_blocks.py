@@ -1,6 +1,7 @@
 """Blocks of attention as matrix products: against the softmax as it is written, and within a row."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ SHAPES = {  # ranges, query heads, key heads, queries, keys
     "one key": (2, 4, 4, 3, 1),
     "one query": (1, 4, 2, 1, 6),
 }
+CAUSAL = {"causal": (3, 6, 2, 7, 7), "causal, of one token": (1, 4, 2, 1, 1), "causal, one head": (2, 1, 1, 11, 11)}
 
 
 def states_of(shape, dtype=torch.float64, *, hidden=0, scaling=0.4):
     ranges, heads, key_heads, queries, keys = shape
+    causal = shape in CAUSAL.values()
     generator = torch.Generator().manual_seed(0)
 
     def states(count, length):  # laid out as in a row: heads of a token side by side
@@ -29,7 +32,7 @@ def states_of(shape, dtype=torch.float64, *, hidden=0, scaling=0.4):
     if hidden:
         bias = torch.zeros(ranges, 1, 1, keys, dtype=dtype)
         bias[0, ..., -hidden:] = -torch.inf
-    return States(states(heads, queries), states(key_heads, keys), states(key_heads, keys), bias, scaling)
+    return States(states(heads, queries), states(key_heads, keys), states(key_heads, keys), bias, scaling, causal)
 
 
 def plain(states):
@@ -37,19 +40,26 @@ def plain(states):
     repeats = states.query.shape[1] // states.key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (states.key, states.value))
     scores = states.query @ key.mT * states.scaling + (0 if states.bias is None else states.bias)
+    if states.causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-@pytest.fixture(params=[large_blocks.MOST_SCORES, 12, 100_000], ids=["one tile", "a query each", "large tiles"])
+TILES = {"one tile": (large_blocks.MOST_SCORES, 384), "a query each": (12, 384), "large tiles": (100_000, 100)}
+
+
+@pytest.fixture(params=TILES.values(), ids=TILES.keys())
 def tiles(request, monkeypatch):
-    monkeypatch.setattr(large_blocks, "MOST_SCORES", request.param)
+    scores, tokens = request.param
+    monkeypatch.setattr(large_blocks, "MOST_SCORES", scores)
+    monkeypatch.setattr(large_blocks, "CAUSAL_TILE", tokens)
 
 
 @pytest.mark.parametrize("hidden", [0, 2])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *CAUSAL.values()], ids=[*SHAPES, *CAUSAL])
 @pytest.mark.usefixtures("tiles")
 def test_outputs_and_gradients_are_those_of_the_softmax(shape, hidden):
-    states = states_of(shape, hidden=hidden if shape[-1] > hidden else 0)
+    states = states_of(shape, hidden=hidden if shape in SHAPES.values() and shape[-1] > hidden else 0)
     leaves = [x.requires_grad_() for x in states[:3]]
     expected, expected_lse = plain(states)
     grad = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
@@ -67,10 +77,12 @@ def test_outputs_and_gradients_are_those_of_the_softmax(shape, hidden):
 def test_a_row_whose_blocks_go_this_way_meets_the_dense_mask(spans, monkeypatch):
     taken = []
     monkeypatch.setattr(large_blocks, "gains", lambda states: taken.append(states) or True)
+    monkeypatch.setattr(large_blocks, "least_causal", lambda like, group: 1)
     inputs = draw(spans)
     ours, exact = shared_prefix_cpu.attend(*inputs, spans, None), under_dense_mask(*inputs, spans, None)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
-    assert bool(taken) == any(span.prompt and span.continuations for span in spans)
+    kinds = {states.causal for states in taken}
+    assert kinds == ({True, False} if any(span.prompt and span.continuations for span in spans) else {True})
     weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
     gradients = (torch.autograd.grad(out, inputs, weights) for out in (ours, exact))
     for x, y in zip(*gradients, strict=True):
@@ -87,16 +99,19 @@ def elsewhere(monkeypatch):
 
 @pytest.mark.usefixtures("elsewhere", "tiles")
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_in_float32_it_is_as_exact_as_the_kernels(spread):
-    states = states_of((2, 8, 4, 256, 600), torch.float32, hidden=9, scaling=spread / math.sqrt(8))
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_float32_it_is_as_exact_as_the_kernels(spread, causal):
+    shape = (2, 8, 4, 600 if causal else 256, 600)
+    states = states_of(shape, torch.float32, hidden=0 if causal else 9, scaling=spread / math.sqrt(8))
+    states = states._replace(causal=causal)
     assert large_blocks.gains(states)
-    wide = States(*(x.double() for x in states[:3]), states.bias.double(), states.scaling)
+    wide = states._replace(**{name: getattr(states, name).double() for name in ("query", "key", "value")})
     exact, exact_lse = plain(wide)
     grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     exact_gradients = large_blocks.gradients(wide, grad.double(), exact, exact_lse)
-    kernel = shared_prefix_cpu._flash(*states[:3], attn_mask=states.bias, scale=states.scaling)
+    kernel = shared_prefix_cpu._flash(*states[:3], 0.0, causal, attn_mask=states.bias, scale=states.scaling)
     kernel_gradients = shared_prefix_cpu._flash_backward(
-        grad, *states[:3], *kernel, 0.0, False, attn_mask=states.bias, scale=states.scaling
+        grad, *states[:3], *kernel, 0.0, causal, attn_mask=states.bias, scale=states.scaling
     )
     ours = large_blocks.attend(states)
     our_gradients = large_blocks.gradients(states, grad, *ours)
@@ -113,8 +128,12 @@ def test_it_is_taken_for_large_blocks_in_float32_where_onednn_leads(monkeypatch)
     assert large_blocks.gains(states_of(large, torch.float32))
     assert not large_blocks.gains(states_of(small, torch.float32))
     assert not large_blocks.gains(states_of(large, torch.float64))
+    for group in (1, 2, 3, 8):
+        least = large_blocks.least_causal(torch.ones(1), group)
+        assert group * (least - 1) ** 2 < LEAST_SCORES <= group * least**2
     monkeypatch.setattr(products, "is_intel", lambda: True)
     assert not large_blocks.gains(states_of(large, torch.float32))
+    assert large_blocks.least_causal(torch.ones(1), 8) == sys.maxsize
 
 
 @pytest.mark.usefixtures("elsewhere")
