@@ -19,6 +19,8 @@ from helpsteer_rloo.training.rloo import RLOOConfig, RLOOTrainer
 from helpsteer_rloo.training.scorer import RewardModelScorer
 
 BATCH = 4
+SCORED = 8
+"""Completions scored at once by ours, the default of `--local_rollout_forward_batch_size`; TRL scores all at once."""
 FORCED_LEARNING_RATE = 0.1
 Phases = dict[str, str | Callable[[], str]]
 
@@ -70,7 +72,7 @@ def make_trainer(spec: Spec, pair: tuple[Any, Any], prompts: Sequence[Sequence[i
         disable_tqdm=True,
         **forced,
     )
-    scorer = RewardModelScorer(None, batch_size=BATCH, max_length=None) if isinstance(reward, Path) else reward
+    scorer = RewardModelScorer(None, batch_size=SCORED, max_length=None) if isinstance(reward, Path) else reward
     trainer = (RLOOTrainer if ours else trl.RLOOTrainer)(
         model=policy,
         reward_funcs=scorer,
