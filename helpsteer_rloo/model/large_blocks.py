@@ -12,7 +12,6 @@ L queries, M keys, E head size; X are the queries of a tile, those of all heads 
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,6 +26,8 @@ LEAST_SCORES = 2**17
 """Of a range and key head; with fewer, calls and passes over memory cost more than the products gain."""
 CAUSAL_TILE = 384
 """Most tokens in a tile of a causal block. Smaller ones leave out more of what is masked, and multiply slower."""
+TILE_MULTIPLE = 64
+"""Tokens that tiles have a multiple of, but the last of a range: oneDNN makes a program for every new shape."""
 
 
 class States(NamedTuple):
@@ -47,11 +48,6 @@ def gains(states: States) -> bool:
     """Whether a block is faster here than in the kernels."""
     scores = states.query.shape[1] // states.key.shape[1] * states.query.shape[2] * states.key.shape[2]
     return scores >= LEAST_SCORES and onednn_leads(states.query)
-
-
-def least_causal(like: Tensor, group: int) -> int:
-    """Tokens of the shortest causal range that is faster here, with so many query heads of a key head."""
-    return math.isqrt((LEAST_SCORES - 1) // group) + 1 if onednn_leads(like) else sys.maxsize
 
 
 def attend(states: States) -> tuple[Tensor, Tensor]:
@@ -140,8 +136,10 @@ def _tiles(states: States) -> Iterator[_Tile]:
     ranges, key_heads, keys = states.key.shape[:3]
     queries, group = states.query.shape[2], states.query.shape[1] // key_heads
     most = max(1, MOST_SCORES // (keys * group))
-    size = math.ceil(queries / math.ceil(queries / min(most, CAUSAL_TILE if states.causal else most)))
-    triangle_XL = _triangle(states.query, size, group) if states.causal else None
+    most = min(most, CAUSAL_TILE) if states.causal else most
+    even = math.ceil(queries / math.ceil(queries / most))
+    size = min(most, math.ceil(even / TILE_MULTIPLE) * TILE_MULTIPLE)
+    triangle_XL = _triangle(states.query, min(size, queries), group) if states.causal else None
     for index in range(ranges):
         for head in range(key_heads):
             for first in range(0, queries, size):

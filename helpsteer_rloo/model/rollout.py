@@ -246,7 +246,8 @@ def _complete(
     rows = [(piece.prompt[-1], seed) for piece in chunk for seed in piece.seeds]
     record = _Record(rows, sampling, inner.device)
     logits_RV = head(hidden_GD)[groups]
-    with torch.inference_mode():  # which takes less of the time of small operations than `no_grad`
+    # Small operations take less time so; on other devices tensors may be of classes that cannot.
+    with torch.inference_mode() if inner.device.type == "cpu" else torch.no_grad():
         while left := record.add(logits_RV):
             if len(left) <= LIVE_SHARE * len(logits_RV):
                 cascade.keep(left)

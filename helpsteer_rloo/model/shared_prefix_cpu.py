@@ -18,7 +18,6 @@ Further axes, beside those of `helpsteer_rloo.groups`: n ranges of a batch, L to
 the query or, in keys and values, their fewer heads, E head size.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from helpsteer_rloo.model import large_blocks
 from helpsteer_rloo.model.kept_attention import kept
+from helpsteer_rloo.model.products import onednn_leads
 from helpsteer_rloo.packing import Span, cheapest_runs, check_cover
 
 CALL_COST = 8192
@@ -39,6 +39,8 @@ CALL_COST = 8192
 
 PIECE = 256
 """Longest range that attends to itself in one piece in a kernel."""
+WHOLE = 1024
+"""Longest range that does where large blocks are matrix products."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -66,8 +68,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], sca
         ValueError: the spans do not cover the row.
     """
     check_cover(spans, query.shape[2])
-    like = query.new_empty(0, dtype=_type_to_compute_in(query))
-    plan = plan_row(tuple(spans), large_blocks.least_causal(like, query.shape[1] // key.shape[1]))
+    by_products = onednn_leads(query.new_empty(0, dtype=_type_to_compute_in(query)))
+    plan = plan_row(tuple(spans), WHOLE if by_products else PIECE)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast("cpu", enabled=False):  # under which products are computed in half precision
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -168,8 +170,8 @@ class Block(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan_row(spans: tuple[Span, ...], whole: int = sys.maxsize) -> Plan:
-    """Which kernel calls a row takes; its spans lie side by side, and ranges of `whole` tokens or more are not cut."""
+def plan_row(spans: tuple[Span, ...], piece: int) -> Plan:
+    """Which calls a row takes; its spans lie side by side, and ranges of up to `piece` tokens are not cut."""
     causal: list[Block] = []
     # A batch writes each token once, so that prompts and pieces stay apart, and pieces with more or fewer keys, which
     # may meet the same queries.
@@ -181,7 +183,7 @@ def plan_row(spans: tuple[Span, ...], whole: int = sys.maxsize) -> Plan:
             prompts.append(Block(first, span.end - first, span.start, span.prompt))
         continuations = zip(span.continuation_starts(), span.continuations, strict=True)
         for start, length in [(span.start, span.prompt), *continuations]:
-            own, between = ([(start, length)], []) if length >= whole else split_causal(start, length)
+            own, between = split_causal(start, length, piece)
             causal += [Block(*piece, *piece) for piece in own]
             for block in between:
                 pieces[block.keys].append(block)
@@ -189,27 +191,28 @@ def plan_row(spans: tuple[Span, ...], whole: int = sys.maxsize) -> Plan:
     return Plan(tuple(_ranges([block[:2] for block in batch]) for batch in batch_blocks(causal)), tuple(across))
 
 
-def split_causal(start: int, length: int) -> tuple[list[tuple[int, int]], list[Block]]:
+def split_causal(start: int, length: int, piece: int) -> tuple[list[tuple[int, int]], list[Block]]:
     """Cut a range that attends to itself into pieces that do, and unmasked blocks between them.
 
-    The numbers of keys of the blocks are `PIECE` times a power of two, so that blocks of several ranges match.
+    The numbers of keys of the blocks are `piece` times a power of two, so that blocks of several ranges match.
 
     Returns:
         First token and length of each piece, and the blocks, whose keys end where their queries begin.
 
-    >>> split_causal(0, 9)
+    >>> split_causal(0, 9, piece=256)
     ([(0, 9)], [])
-    >>> pieces, blocks = split_causal(0, 600)
+    >>> pieces, blocks = split_causal(0, 600, piece=256)
     >>> pieces, [tuple(block) for block in blocks]
     ([(0, 256), (256, 256), (512, 88)], [(512, 88, 0, 512), (256, 256, 0, 256)])
     """
-    if length <= PIECE:
+    if length <= piece:
         return ([(start, length)] if length else []), []
-    keys = PIECE
+    keys = piece
     while 2 * keys < length:
         keys *= 2
     middle, queries = start + keys, length - keys
-    (left, left_blocks), (right, right_blocks) = split_causal(start, keys), split_causal(middle, queries)
+    left, left_blocks = split_causal(start, keys, piece)
+    right, right_blocks = split_causal(middle, queries, piece)
     return left + right, [Block(middle, queries, start, keys), *left_blocks, *right_blocks]
 
 

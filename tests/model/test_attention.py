@@ -160,7 +160,7 @@ def test_the_cpu_is_served_with_and_without_its_kernels(monkeypatch, supported):
     monkeypatch.setattr(short_prefix_cpu, "SHORT", 0)
     plan_row, spans = shared_prefix_cpu.plan_row, EDGES["mixed"]
     monkeypatch.setattr(
-        shared_prefix_cpu, "plan_row", lambda spans, whole: calls.append(spans) or plan_row(spans, whole)
+        shared_prefix_cpu, "plan_row", lambda spans, piece: calls.append(spans) or plan_row(spans, piece)
     )
     inputs = draw(spans)
     out, weights = shared_prefix_attention(torch.nn.Module(), *inputs, None, spans=spans, scaling=0.4)

@@ -1,7 +1,6 @@
 """Blocks of attention as matrix products: against the softmax as it is written, and within a row."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -77,7 +76,7 @@ def test_outputs_and_gradients_are_those_of_the_softmax(shape, hidden):
 def test_a_row_whose_blocks_go_this_way_meets_the_dense_mask(spans, monkeypatch):
     taken = []
     monkeypatch.setattr(large_blocks, "gains", lambda states: taken.append(states) or True)
-    monkeypatch.setattr(large_blocks, "least_causal", lambda like, group: 1)
+    monkeypatch.setattr(shared_prefix_cpu, "PIECE", shared_prefix_cpu.WHOLE)
     inputs = draw(spans)
     ours, exact = shared_prefix_cpu.attend(*inputs, spans, None), under_dense_mask(*inputs, spans, None)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
@@ -128,12 +127,21 @@ def test_it_is_taken_for_large_blocks_in_float32_where_onednn_leads(monkeypatch)
     assert large_blocks.gains(states_of(large, torch.float32))
     assert not large_blocks.gains(states_of(small, torch.float32))
     assert not large_blocks.gains(states_of(large, torch.float64))
-    for group in (1, 2, 3, 8):
-        least = large_blocks.least_causal(torch.ones(1), group)
-        assert group * (least - 1) ** 2 < LEAST_SCORES <= group * least**2
     monkeypatch.setattr(products, "is_intel", lambda: True)
     assert not large_blocks.gains(states_of(large, torch.float32))
-    assert large_blocks.least_causal(torch.ones(1), 8) == sys.maxsize
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_ranges_that_products_take_are_cut_into_longer_pieces(monkeypatch):
+    spans, pieces = (Span(0, 2000, (300,)),), []
+    plan_row = shared_prefix_cpu.plan_row
+    monkeypatch.setattr(
+        shared_prefix_cpu, "plan_row", lambda spans, piece: pieces.append(piece) or plan_row(spans, piece)
+    )
+    for dtype in (torch.bfloat16, torch.float64):
+        query, key = (torch.zeros(1, heads, 2300, 8, dtype=dtype) for heads in (4, 2))
+        shared_prefix_cpu.attend(query, key, key, spans, None)
+    assert pieces == [shared_prefix_cpu.WHOLE, shared_prefix_cpu.PIECE]
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -84,6 +84,7 @@ def test_any_row_is_right_however_it_is_cut(row, heads, piece):
     """Pieces and calls as cheap as these make short rows take the paths of long ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix_cpu, "PIECE", piece)
+        patch.setattr(shared_prefix_cpu, "WHOLE", piece)
         patch.setattr(shared_prefix_cpu, "CALL_COST", 10 * piece)
         plan_row.cache_clear()
         spans = spans_of(row)
@@ -113,16 +114,16 @@ def test_batches_hold_every_block_once_and_cost_no_more_than_simple_ones(sizes):
     assert cost(batches) <= min(cost([blocks]), cost(alone))
 
 
-@given(st.integers(0, 50), st.integers(0, 5000))
-def test_pieces_and_blocks_cover_causal_attention_once(start, length):
-    pieces, blocks = split_causal(start, length)
+@given(st.integers(0, 50), st.integers(0, 5000), st.sampled_from([shared_prefix_cpu.PIECE, shared_prefix_cpu.WHOLE]))
+def test_pieces_and_blocks_cover_causal_attention_once(start, length, piece):
+    pieces, blocks = split_causal(start, length, piece)
     assert (
         sum(size * (size + 1) // 2 for _, size in pieces)
         + sum(queries * (query - key) for query, queries, key, keys in blocks)
         == length * (length + 1) // 2
     )
     assert all(block.key + block.keys == block.query for block in blocks)
-    assert all(0 < size <= shared_prefix_cpu.PIECE for _, size in pieces)
+    assert all(0 < size <= piece for _, size in pieces)
     assert [begin for begin, _ in pieces] == [start + sum(size for _, size in pieces[:i]) for i in range(len(pieces))]
 
 
@@ -178,7 +179,7 @@ def test_a_plan_made_in_inference_mode_serves_training():
 
 
 def test_prompts_of_several_lengths_are_one_call():
-    plan = plan_row(spans_of([(31, (11, 11)), (28, (10, 9, 12)), (40, (8,))]))
+    plan = plan_row(spans_of([(31, (11, 11)), (28, (10, 9, 12)), (40, (8,))]), shared_prefix_cpu.PIECE)
     ((continuations, prompts, bias),) = plan.across
     assert (continuations.length, prompts.length) == (31, 40)
     assert (bias == 0).sum(-1).flatten().tolist() == [31, 28, 40]
@@ -186,7 +187,7 @@ def test_prompts_of_several_lengths_are_one_call():
 
 def test_equal_groups_are_read_in_place():
     spans = spans_of([(31, (11, 11))] * 3)
-    plan = plan_row(spans)
+    plan = plan_row(spans, shared_prefix_cpu.PIECE)
     ((continuations, prompts, bias),) = plan.across
     assert bias is None
     row = torch.arange(spans[-1].end * 16).view(-1, 2, 8)
