@@ -166,3 +166,11 @@ def test_a_model_with_attention_of_its_own_is_scored_sequence_by_sequence(tiny_b
     monkeypatch.setattr(type(model), "_supports_attention_backend", False)
     assert score_groups(model, GROUPS, 4) == [pytest.approx(scores, abs=1e-5) for scores in expected]
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_no_row_goes_through_the_models_own_head_unread(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float64).eval()
+    rows = []
+    model.lm_head.forward = lambda x: rows.append(x.shape[:-1].numel()) or nn.Linear.forward(model.lm_head, x)
+    group_log_probs(model, [TokenGroup((), (5, 6, 7), ((8, 9), (10,)))], None)
+    assert rows == [0]
